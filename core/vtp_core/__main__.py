@@ -1,0 +1,5 @@
+"""``python -m vtp_core``, the form that torchrun starts."""
+
+from vtp_core.cli import main
+
+main()

@@ -1,0 +1,35 @@
+"""Weights by gradient ratio (VQGAN, arXiv 2012.09841, eq. 7): one objective's pull matches another's at an anchor."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from vtp_core.build import Model
+from vtp_core.distributed import mean_over_processes
+from vtp_core.errors import StackFault, suggestion
+from vtp_core.options import Balance
+
+
+def anchor_of(model: Model, at: str) -> nn.Parameter:
+    """The parameter that ``decoder.last`` names: the module's ``anchors["last"]``."""
+    module_name, _, name = at.partition(".")
+    module = model.modules().get(module_name)
+    anchors = getattr(module, "anchors", {})
+    if name not in anchors:
+        known = [f"{n}.{a}" for n, m in model.modules().items() for a in getattr(m, "anchors", {})]
+        raise StackFault(f"balance.at: no anchor {at!r}{suggestion(at, known)}")
+    anchor: nn.Parameter = anchors[name]
+    return anchor
+
+
+def ratio(loss: Tensor, against: Tensor, anchor: nn.Parameter, keys: Balance) -> Tensor:
+    """||d against|| / (||d loss|| + eps) at the anchor, at most ``max``; norms of the whole batch's gradients."""
+    norms = []
+    for value in (against, loss):
+        (grad,) = torch.autograd.grad(value, anchor, retain_graph=True, allow_unused=True)
+        if grad is None:
+            raise StackFault(f"balance.at: {keys.at} gets no gradient from both {keys.against!r} and this objective")
+        norms.append(torch.linalg.vector_norm(mean_over_processes(grad)))
+    quotient: Tensor = norms[0] / (norms[1] + keys.eps)
+    return quotient.clamp(max=keys.max).detach()

@@ -1,0 +1,254 @@
+"""From a stack to modules: every option is checked first, then everything is built in one order."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vtp_core import options
+from vtp_core.clock import keyed
+from vtp_core.components import Component, resolve
+from vtp_core.errors import PluginFault, StackFault, suggestion
+from vtp_core.models.bottlenecks import Chain
+from vtp_core.stack import Stack, links_of
+from vtp_plugins.objective import Objective
+from vtp_plugins.spec import Spec
+
+_GENERATOR_KEYS = ("path", "condition", "drop_condition", "ema", "share")
+
+
+@dataclass(slots=True)
+class Blueprint:
+    """A stack with every component resolved and checked, nothing built."""
+
+    stack: Stack
+    modality: Component
+    encoder: Component | None
+    links: list[Component]
+    decoder: Component | None
+    generator: Component | None
+    path: Component | None
+    teachers: dict[str, Component]
+    modules: dict[str, Component]
+    objectives: dict[str, Component]
+    views: dict[str, Component]
+
+
+@dataclass(slots=True)
+class Model:
+    """Everything that a step computes with.
+
+    Attributes:
+        spec: shapes of the tokenizer, complete.
+        shared: the stack's ``modules`` by name.
+        settings: the engine's keys of each objective.
+        frozen: names of modules that don't train.
+        statistics: ``mean`` and ``std`` (C,) that generators see latents through; empty when unknown.
+        condition: raw field that conditions the generator, or None.
+    """
+
+    stack: Stack
+    spec: Spec
+    modality: Any
+    encoder: nn.Module | None
+    bottleneck: Chain | None
+    decoder: nn.Module | None
+    generator: nn.Module | None = None
+    path: Any = None
+    teachers: dict[str, nn.Module] = field(default_factory=dict)
+    shared: dict[str, nn.Module] = field(default_factory=dict)
+    objectives: dict[str, Objective] = field(default_factory=dict)
+    settings: dict[str, options.Objective] = field(default_factory=dict)
+    views: dict[str, Any] = field(default_factory=dict)
+    frozen: frozenset[str] = frozenset()
+    statistics: dict[str, Tensor] = field(default_factory=dict)
+    condition: str | None = None
+    drop_condition: float = 0.0
+
+    def tokenizer_modules(self) -> dict[str, nn.Module]:
+        """Encoder, bottleneck and decoder, those that exist."""
+        named = {"encoder": self.encoder, "bottleneck": self.bottleneck, "decoder": self.decoder}
+        return {name: module for name, module in named.items() if module is not None}
+
+    def modules(self) -> dict[str, nn.Module]:
+        """Every trainable module by owner, in one fixed order."""
+        named = self.tokenizer_modules()
+        if self.generator is not None:
+            named["generator"] = self.generator
+        named |= {f"modules/{name}": module for name, module in self.shared.items()}
+        return {**named, **self.objectives}
+
+
+def blueprint(stack: Stack) -> Blueprint:
+    """Resolve and check every component of a stack.
+
+    Raises:
+        StackFault: an unknown option or a wrong value.
+        PluginFault: a plugin fails to import.
+    """
+    config, registry, dial = stack.config, stack.registry, stack.dial
+    shared = frozenset(stack.section("modules"))
+
+    def one(kind: str, key: str, node: Mapping[str, Any] | None, taken: frozenset[str] | tuple[str, ...] = ()) -> Any:
+        if node is None:
+            return None
+        own = {k: v for k, v in node.items() if k not in taken and k not in {"optim", "frozen"}}
+        return resolve(registry, kind, key, own, dial, shared)
+
+    def several(kind: str, section: str, taken: frozenset[str] = frozenset()) -> dict[str, Component]:
+        return {n: one(kind, f"{section}.{n}", node, taken) for n, node in stack.section(section).items()}
+
+    generator = config.get("generator")
+    return Blueprint(
+        stack=stack,
+        modality=one("modalities", "modality", {"use": config.get("modality", "image")}),
+        encoder=one("encoders", "encoder", config.get("encoder")),
+        links=[one("bottlenecks", f"bottleneck[{i}]", link) for i, link in enumerate(links_of(config))],
+        decoder=one("decoders", "decoder", config.get("decoder")),
+        generator=one("generators", "generator", generator, _GENERATOR_KEYS),
+        path=one("paths", "generator.path", (generator or {}).get("path")),
+        teachers=several("teachers", "teachers"),
+        modules=several("modules", "modules"),
+        objectives=several("objectives", "objectives", options.OBJECTIVE_KEYS),
+        views=several("views", "views"),
+    )
+
+
+def build(plans: Blueprint, classes: int = 0) -> Model:
+    """Build every module of a blueprint; each draws its weights from a stream of its own."""
+    stack = plans.stack
+    seed = stack.train.seed
+    with _seeded(seed, "modality"):
+        modality = plans.modality.build(Spec())
+    spec = Spec(
+        modality=plans.modality.name, signal_channels=modality.channels, dial=stack.dial, classes=classes,
+        size=(0,) * modality.axes, patch=(1,) * modality.axes,
+    )  # fmt: skip
+    spec, encoder = _encoder(plans, spec, seed)
+    spec, bottleneck = _bottleneck(plans, spec, seed)
+    decoder = None
+    if plans.decoder is not None:
+        with _seeded(seed, "decoder"):
+            decoder = plans.decoder.build(spec)
+    model = Model(stack, spec, modality, encoder, bottleneck, decoder, frozen=_frozen(stack))
+    _add_teachers(model, plans, seed)
+    _add_generator(model, plans, seed)
+    _add_objectives(model, plans, seed)
+    for name in model.frozen:
+        for module_name, module in model.modules().items():
+            if module_name == name:
+                module.requires_grad_(False)
+    return model
+
+
+def tokenizer_only(plans: Blueprint) -> Model:
+    """The tokenizer without objectives, teachers and generator."""
+    bare = replace(plans, generator=None, path=None, teachers={}, modules={}, objectives={}, views={})
+    return build(bare)
+
+
+@contextlib.contextmanager
+def _seeded(seed: int, key: str) -> Iterator[None]:
+    """Initial weights are a function of the seed and the component's place, not of build order."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(keyed(seed, "weights", key))
+        yield
+
+
+def _encoder(plans: Blueprint, spec: Spec, seed: int) -> tuple[Spec, nn.Module | None]:
+    if plans.encoder is None:
+        return spec, None
+    with _seeded(seed, "encoder"):
+        encoder = plans.encoder.build(spec)
+    for attribute in ("width", "patch", "size"):
+        if not hasattr(encoder, attribute):
+            raise PluginFault(f"encoder {plans.encoder.name!r} has no attribute {attribute!r}; see protocols.Encoder")
+    depth = getattr(encoder, "depth", 0)
+    return replace(spec, width=encoder.width, patch=encoder.patch, size=encoder.size, depth=depth), encoder
+
+
+def _bottleneck(plans: Blueprint, spec: Spec, seed: int) -> tuple[Spec, Chain | None]:
+    if plans.encoder is None:
+        return spec, None
+    links: list[nn.Module] = []
+    for index, component in enumerate(plans.links):
+        with _seeded(seed, f"bottleneck[{index}]"):
+            link = component.build(spec)
+        links.append(link)
+        spec = replace(spec, channels=link.channels)
+    return replace(spec, channels=spec.channels or spec.width), Chain(links, channels=spec.channels or spec.width)
+
+
+def _frozen(stack: Stack) -> frozenset[str]:
+    named = {key for key in ("encoder", "bottleneck", "decoder", "generator") if _flag(stack, key)}
+    tokenizer = stack.config.get("tokenizer") or {}
+    return frozenset(named | set(tokenizer.get("frozen", ())))
+
+
+def _flag(stack: Stack, key: str) -> bool:
+    node = stack.config.get(key)
+    return isinstance(node, Mapping) and node.get("frozen") is True
+
+
+def _add_teachers(model: Model, plans: Blueprint, seed: int) -> None:
+    for name, component in plans.teachers.items():
+        with _seeded(seed, component.key):
+            model.teachers[name] = component.build(model.spec).requires_grad_(False).eval()
+    widths = tuple((name, int(getattr(teacher, "width", 0))) for name, teacher in model.teachers.items())
+    model.spec = replace(model.spec, teachers=widths)
+
+
+def _add_generator(model: Model, plans: Blueprint, seed: int) -> None:
+    if plans.generator is None:
+        return
+    node = plans.stack.config["generator"]
+    given: dict[str, Any] = {}
+    if "share" in node:
+        shared = model.tokenizer_modules().get(node["share"])
+        if shared is None:
+            raise StackFault(f"generator.share: no {node['share']!r}{suggestion(node['share'], model.tokenizer_modules())}")
+        given["network"] = shared
+    with _seeded(seed, "generator"):
+        model.generator = plans.generator.build(model.spec, **given)
+    if plans.path is not None:
+        model.path = plans.path.build(model.spec)
+    model.condition = node.get("condition")
+    model.drop_condition = float(node.get("drop_condition", 0.0))
+    model.spec = replace(model.spec, generator_width=int(getattr(model.generator, "width", 0)))
+
+
+def _add_objectives(model: Model, plans: Blueprint, seed: int) -> None:
+    for name, component in plans.modules.items():
+        with _seeded(seed, component.key):
+            model.shared[name] = component.build(model.spec)
+    for name, component in plans.objectives.items():
+        with _seeded(seed, component.key):
+            objective = component.build(model.spec, model.shared)
+        if not isinstance(objective, Objective):
+            raise PluginFault(f"{component.key}: {component.cls.__name__} is no subclass of vtp_plugins.Objective")
+        model.objectives[name] = objective
+        keys = {k: v for k, v in plans.stack.section("objectives")[name].items() if k in options.Objective.model_fields}
+        model.settings[name] = options.Objective.model_validate(keys)
+    for name, component in plans.views.items():
+        model.views[name] = component.build(model.spec)
+    _merge_views(model)
+
+
+def _merge_views(model: Model) -> None:
+    """A view is defined once: the stack's definition wins, equal definitions merge, unequal ones are an error."""
+    owners: dict[str, str] = {}
+    for name, objective in model.objectives.items():
+        for view, definition in objective.views.items():
+            if view in owners and model.views[view] != definition:
+                raise StackFault(
+                    f"view {view!r} is defined differently by objectives.{owners[view]} and objectives.{name}; "
+                    f"define it once under views.{view}"
+                )
+            if view not in model.views:
+                model.views[view] = definition
+                owners[view] = name

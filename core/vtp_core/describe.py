@@ -1,0 +1,135 @@
+"""``vtp plan`` and ``vtp show`` as pages of text."""
+
+from __future__ import annotations
+
+import inspect
+import io
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from vtp_core.components import dial_options, schema_of
+from vtp_core.costs import Costs, as_json, cost
+from vtp_core.stack import Stack
+from vtp_plugins.registry import Entry
+
+
+class PlanPage:
+    """A counted plan, for people (``str``) and for programs (``data``)."""
+
+    def __init__(self, stack: Stack, costs: Costs) -> None:
+        self.stack, self.costs = stack, costs
+
+    @property
+    def data(self) -> Any:
+        return as_json(self.costs)
+
+    def __str__(self) -> str:
+        return _text(_forwards(self.costs), _stages(self.costs), _sums(self.costs, self.stack))
+
+
+def plan(stack: Stack, world: int = 1) -> PlanPage:
+    """Plan a stack's step for ``world`` processes; builds on the meta device and reads no data."""
+    return PlanPage(stack, cost(stack, world)[0])
+
+
+def _forwards(costs: Costs) -> Table:
+    table = Table("forward", "rows x crops", "tokens", "outputs (rows)", "readers", "GFLOP", box=None, padding=(0, 2, 0, 0))
+    for node, c in costs.nodes.items():
+        demand = costs.plan.demands[node]
+        outputs = ", ".join(o if r == c.rows else f"{o} ({r})" for o, r in demand.rows.items())
+        mark = "" if node in costs.plan.live else " - no gradient"
+        readers = ", ".join(demand.readers)
+        table.add_row(f"{node}{mark}", f"{c.rows} x {c.crops}", f"{c.tokens:,}", outputs, readers, f"{c.flops / 1e9:.2f}")
+    return table
+
+
+def _stages(costs: Costs) -> Table:
+    table = Table("stage", "forwards", "objectives", "saved for backward", box=None, padding=(0, 2, 0, 0))
+    for index, (stage, size) in enumerate(zip(costs.plan.stages, costs.stage_bytes(), strict=True)):
+        table.add_row(str(index + 1), ", ".join(map(str, stage.nodes)), ", ".join(stage.readers), _bytes(size))
+    return table
+
+
+def _sums(costs: Costs, stack: Stack) -> str:
+    encodes = sum(node.kind == "encode" for node in costs.nodes)
+    shared = sum(c.flops for c in costs.nodes.values())
+    saved = 1 - shared / costs.unshared if costs.unshared else 0.0
+    uncounted = [name for name, found in costs.objectives.items() if found is None]
+    parameters = ", ".join(f"{owner} {count / 1e6:.2f} M" for owner, count in costs.parameters.items())
+    largest = max(costs.stage_bytes(), default=0)
+    lines = [
+        f"parameters     {sum(costs.parameters.values()) / 1e6:.2f} M train ({parameters}); EMA teacher {costs.ema / 1e6:.2f} M",
+        f"FLOPs          {costs.step_flops / 1e9:.1f} G a step, {costs.forward_flops / 1e9:.1f} G of them forward",
+        f"memory         about {_bytes(costs.state_bytes + largest)}: {_bytes(costs.state_bytes)} parameters, gradients, "
+        f"optimizer and teacher + {_bytes(largest)} saved for backward in the largest stage",
+        f"synchronise    {_bytes(costs.sync_bytes)} of gradients a step, with more than one process",
+        f"sharing        {encodes} encoder forwards instead of {costs.unshared_forwards}; "
+        f"{saved:.0%} of the forward FLOPs of encoder, bottleneck and decoder saved",
+        f"batch          {stack.data.batch_size} images a step",
+    ]
+    if uncounted:
+        lines.append(f"not counted    own layers of {', '.join(uncounted)}: their sizes depend on values")
+    return "\n".join(lines)
+
+
+def _bytes(count: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000 or unit == "GB":
+            return f"{count:.0f} {unit}" if unit in {"B", "kB"} else f"{count:.1f} {unit}"
+        count /= 1000
+    raise AssertionError
+
+
+def _text(*parts: Any) -> str:
+    console = Console(file=io.StringIO(), width=160, color_system=None)
+    for part in parts:
+        console.print(part, markup=False, highlight=False) if isinstance(part, str) else console.print(part)
+        console.print()
+    file = console.file
+    assert isinstance(file, io.StringIO)
+    return "\n".join(line.rstrip() for line in file.getvalue().splitlines()).strip() + "\n"
+
+
+def show(entry: Entry, dial: str = "tiny") -> str:
+    """One installed component: what it is, its options with defaults, what it reads."""
+    loaded = entry.load()
+    lines = [f"{entry.kind} {entry.name}   {entry.target}   {entry.distribution}", ""]
+    lines += [inspect.getdoc(loaded) or "(no docstring)", ""]
+    if inspect.isclass(loaded):
+        schema, modules = schema_of(loaded)
+        defaults = dial_options(loaded, dial)
+        lines.append("options:")
+        for name, field in schema.model_fields.items():
+            default = "required" if field.is_required() and name not in defaults else defaults.get(name, field.default)
+            lines.append(f"  {name}: {_kind(field.annotation)} = {default!r}" if default != "required" else f"  {name} (required)")
+        lines += [f"  {name}: name of an entry under 'modules'" for name in modules]
+        lines += _needs(loaded)
+        lines += ["", f"source: {inspect.getsourcefile(loaded)}"]
+    return "\n".join(lines)
+
+
+def _kind(annotation: Any) -> str:
+    return getattr(annotation, "__name__", None) or str(annotation).replace("typing.", "")
+
+
+def _needs(cls: Any) -> list[str]:
+    """What an objective reads when built with defaults on a small image tokenizer."""
+    from vtp_plugins.objective import Objective
+    from vtp_plugins.spec import Spec
+
+    if not issubclass(cls, Objective):
+        return []
+    import torch
+
+    try:
+        with torch.device("meta"):
+            built = cls(Spec(width=64, depth=4, channels=16), **dial_options(cls, "tiny"))
+    except (TypeError, ValueError, LookupError) as error:
+        return ["", f"reads: depends on its options ({error})"]
+    lines = ["", "reads:"]
+    for slot, need in built.needs.items():
+        source = "" if need.source == "student" else f" of {need.source}"
+        lines.append(f"  {slot}: {', '.join(sorted(need.want))}{source}, view {need.view!r}, mask {need.mask!r}")
+    return lines

@@ -1,0 +1,64 @@
+"""Collectives of a step: gradients averaged in flat buckets, and verdicts that all processes share."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+_BUCKET = 64 * 2**20  # bytes
+
+
+def world_size() -> int:
+    """Processes of this run."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """Index of this process."""
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+def start(device: torch.device) -> None:
+    """Join the other processes when torchrun started this one."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+
+
+def average_gradients(parameters: Sequence[nn.Parameter]) -> None:
+    """Average over processes; a parameter unused here counts as zero, so that all processes agree."""
+    world = world_size()
+    if world == 1:
+        return
+    for bucket in _buckets(parameters):
+        grads = [p.grad if p.grad is not None else torch.zeros_like(p) for p in bucket]
+        flat = torch.cat([grad.flatten() for grad in grads])
+        dist.all_reduce(flat)
+        flat /= world
+        for parameter, grad in zip(bucket, flat.split([p.numel() for p in bucket]), strict=True):
+            parameter.grad = grad.view_as(parameter)
+
+
+def _buckets(parameters: Sequence[nn.Parameter]) -> Iterable[list[nn.Parameter]]:
+    bucket: list[nn.Parameter] = []
+    size = 0
+    for parameter in parameters:
+        bytes_ = parameter.numel() * parameter.element_size()
+        if bucket and (size + bytes_ > _BUCKET or parameter.dtype != bucket[0].dtype):
+            yield bucket
+            bucket, size = [], 0
+        bucket.append(parameter)
+        size += bytes_
+    if bucket:
+        yield bucket
+
+
+def mean_over_processes(values: Tensor) -> Tensor:
+    """Mean of a tensor over processes."""
+    if world_size() > 1:
+        dist.all_reduce(values)
+        values /= world_size()
+    return values

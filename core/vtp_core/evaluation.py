@@ -1,0 +1,88 @@
+"""Probes of a stack on a tokenizer: during training, at its end, and again on a finished run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vtp_core import options
+from vtp_core.components import Component, resolve
+from vtp_core.probes import run_probes
+from vtp_core.probes.bench import Bench
+from vtp_core.stack import Stack
+from vtp_core.tokenizer import Tokenizer
+from vtp_plugins.spec import Spec
+
+if TYPE_CHECKING:
+    from vtp_plugins.protocols import Dataset, Probe
+    from vtp_plugins.reading import Reading
+
+
+def dataset_component(stack: Stack) -> Component:
+    """The stack's dataset with its options checked, not built."""
+    node = {k: v for k, v in (stack.config.get("data") or {}).items() if k not in options.DATA_KEYS}
+    return resolve(stack.registry, "datasets", "data", node, stack.dial)
+
+
+def dataset_factory(stack: Stack) -> Callable[[str | None], Dataset]:
+    """Split name to dataset; None is the split that is trained on."""
+    component = dataset_component(stack)
+    spec = Spec(modality=stack.config.get("modality", "image"), dial=stack.dial)
+
+    def make(split: str | None = None) -> Dataset:
+        dataset: Dataset = component.build(spec, **({} if split is None else {"split": split}))
+        return dataset
+
+    return make
+
+
+def probe_components(stack: Stack) -> dict[str, Component]:
+    """The stack's probes with their options checked."""
+    found = {}
+    for name, node in stack.section("probes").items():
+        own = {k: v for k, v in node.items() if k not in options.PROBE_KEYS}
+        found[name] = resolve(stack.registry, "probes", f"probes.{name}", own, stack.dial)
+    return found
+
+
+def build_probes(stack: Stack, spec: Spec) -> dict[str, Probe]:
+    """The stack's probes, built."""
+    return {name: component.build(spec) for name, component in probe_components(stack).items()}
+
+
+def due(stack: Stack, step: int) -> list[str]:
+    """Probes that run after ``step`` steps; the last step runs all of them."""
+    steps = stack.train.steps
+    if step == steps:
+        return list(stack.section("probes"))
+    names = []
+    for name, node in stack.section("probes").items():
+        every = options.Probe.model_validate({k: v for k, v in node.items() if k in options.PROBE_KEYS}).every
+        if every is not None and step % max(options.steps_of(every, steps), 1) == 0:
+            names.append(name)
+    return names
+
+
+def evaluate(run: Path, stack: Stack, limit: int | None = None) -> tuple[list[Reading], list[str]]:
+    """All probes of a stack on a run's tokenizer.
+
+    Args:
+        run: a run directory.
+        stack: its stack, perhaps with overrides of ``probes`` or ``data``.
+        limit: samples per split, at most.
+    """
+    tokenizer = Tokenizer.from_pretrained(run)
+    probes = build_probes(stack, tokenizer.spec)
+    return run_probes(tokenizer, probes, Bench(tokenizer, dataset_factory(stack), limit=limit))
+
+
+def bench_of(run: Path, **keys: Any) -> tuple[Tokenizer, Bench]:
+    """The tokenizer of a run and the bench over its data.
+
+    Args:
+        run: a run directory.
+        **keys: ``limit``, ``batch_size`` and other keys of :class:`Bench`.
+    """
+    tokenizer = Tokenizer.from_pretrained(run)
+    return tokenizer, Bench(tokenizer, dataset_factory(tokenizer.stack), **keys)

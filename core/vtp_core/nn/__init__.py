@@ -1,0 +1,1 @@
+"""Maths that several plugins share: prototype head, targets, chunked losses."""

@@ -1,0 +1,142 @@
+"""The engine's own keys of a stack, typed: everything that is not an option of a component."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+
+_SHARE = re.compile(r"(\d+(?:\.\d*)?)%")
+
+
+def _step(value: int | str) -> int | str:
+    if isinstance(value, str) and not _SHARE.fullmatch(value):
+        raise ValueError('a step is an integer or a share of the run such as "37.5%"')
+    if isinstance(value, int) and value < 0:
+        raise ValueError("a step is not negative")
+    return value
+
+
+Step = Annotated[int | str, AfterValidator(_step)]
+
+
+def steps_of(value: Step, steps: int) -> int:
+    """A step key in steps: shares are of the run's ``steps``."""
+    if isinstance(value, int):
+        return value
+    return round(float(value[:-1]) / 100 * steps)
+
+
+class _Keys(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Optim(_Keys):
+    """``optim``: of ``train``, or of one component, where a written key wins.
+
+    The learning rate warms up linearly over ``warmup`` steps and then follows ``schedule`` to
+    ``final`` times its peak. Weight decay spares vectors: norms, biases, tokens, scales.
+    """
+
+    use: Literal["adamw", "adam", "sgd"] = "adamw"
+    lr: float = Field(1e-3, gt=0)
+    betas: tuple[float, float] = (0.9, 0.98)
+    eps: float = Field(1e-6, gt=0)
+    weight_decay: float = Field(0.05, ge=0)
+    warmup: Step = "5%"
+    schedule: Literal["cosine", "constant", "linear"] = "cosine"
+    final: float = Field(0.0, ge=0, le=1)
+    freeze: Step = 0
+
+
+class Teacher(_Keys):
+    """``train.teacher``: momentum of the EMA teacher, by cosine from its first value to its last."""
+
+    momentum: tuple[float, float] = (0.992, 1.0)
+
+
+class Train(_Keys):
+    """``train``."""
+
+    steps: int = Field(1000, gt=0)
+    seed: int = Field(0, ge=0)
+    device: str = "auto"
+    precision: Literal["float32", "float64", "bfloat16"] = "float32"
+    compile: bool = False
+    accumulate: int = Field(1, gt=0)
+    checkpoint_every: Step = "25%"
+    keep: int = Field(2, gt=0)
+    max_grad_norm: float | None = Field(3.0, gt=0)
+    nonfinite: Literal["raise"] = "raise"
+    teacher: Teacher = Teacher()
+    optim: Optim = Optim()
+    trackers: tuple[str, ...] = ()
+
+
+class Balance(_Keys):
+    """``balance``: the weight is multiplied by the ratio of two gradients' norms at an anchor."""
+
+    against: str
+    at: str = "decoder.last"
+    max: float = Field(1e4, gt=0)
+    eps: float = Field(1e-4, gt=0)
+
+
+class Critic(_Keys):
+    """``critic``: when the critic of an adversarial objective has its turn, and on what."""
+
+    order: Literal["before", "after"] = "after"
+    input: Literal["reuse", "fresh"] = "reuse"
+    start: Step = 0
+    weight: float = 1.0
+    optim: Optim = Optim(betas=(0.5, 0.9), weight_decay=0.0, warmup=0, schedule="constant")
+
+
+class Objective(_Keys):
+    """Keys of an objective that belong to the stack; ``weight`` may be given by term."""
+
+    weight: float | dict[str, float] = 1.0
+    rows: float = Field(1.0, gt=0, le=1)
+    start: Step = 0
+    stop: Step | None = None
+    every: int = Field(1, gt=0)
+    repeat: int = Field(1, gt=0)
+    warmup: Step = 0
+    balance: Balance | None = None
+    critic: Critic = Critic()
+
+
+class Data(_Keys):
+    """Keys of ``data`` that belong to the loader; the dataset's own options stand beside them."""
+
+    batch_size: int = Field(64, gt=0)
+    workers: int = Field(1, ge=0)
+    max_bad_fraction: float = Field(1e-3, ge=0, le=1)
+
+
+class Run(_Keys):
+    """``run``: where the run lives."""
+
+    dir: str | None = None
+    report: bool = True
+
+
+class Probe(_Keys):
+    """Keys of a probe that belong to the stack; without ``every`` it runs at the end only."""
+
+    every: Step | None = None
+
+
+COMPONENT_KEYS = frozenset({"use", "from", "frozen", "optim"})
+OBJECTIVE_KEYS = frozenset(Objective.model_fields) | {"optim"}
+DATA_KEYS = frozenset(Data.model_fields)
+PROBE_KEYS = frozenset(Probe.model_fields)
+
+DIALS: dict[str, dict[str, Any]] = {
+    "tiny": {"lr": 1e-3, "warmup": "5%"},
+    "s": {"lr": 5e-4, "warmup": "3%"},
+    "b": {"lr": 5e-4, "warmup": "3%"},
+    "l": {"lr": 5e-4, "warmup": "3%"},
+}
+"""What ``size`` sets of ``train.optim``; widths and depths are each component's ``sizes``."""

@@ -1,0 +1,70 @@
+"""The EMA teacher: float32 copies of what the needs ask for, moved towards the student once a step."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+
+def momentum_at(share: float, bounds: tuple[float, float]) -> float:
+    """Momentum by cosine from ``bounds[0]`` to ``bounds[1]`` over the run (DINOv2)."""
+    first, last = bounds
+    return last + (first - last) * 0.5 * (1 + math.cos(math.pi * share))
+
+
+class EMATeacher:
+    """Copies of modules, never trained by gradient.
+
+    Args:
+        modules: what to copy, by name. Modules that occur twice under two names are copied once.
+    """
+
+    def __init__(self, modules: Mapping[str, nn.Module]) -> None:
+        copies: dict[int, nn.Module] = {}
+        self.modules: dict[str, nn.Module] = {}
+        self._pairs: list[tuple[Tensor, Tensor]] = []
+        for name, module in modules.items():
+            if id(module) not in copies:
+                copies[id(module)] = self._copy(module)
+            self.modules[name] = copies[id(module)]
+
+    def _copy(self, module: nn.Module) -> nn.Module:
+        twin = copy.deepcopy(module).requires_grad_(False).eval()
+        for parameter in twin.parameters():
+            if parameter.dtype in {torch.bfloat16, torch.float16}:
+                parameter.data = parameter.data.float()  # a bf16 average does not move
+        self._pairs += list(zip(twin.parameters(), module.parameters(), strict=True))
+        return twin
+
+    @torch.no_grad()
+    def update(self, momentum: float) -> None:
+        """theta_t <- m theta_t + (1 - m) theta_s over parameters; buffers stay (arXiv 2512.13687, eq. 8 of specs/vtp.md)."""
+        if not self._pairs:
+            return
+        teacher = [pair[0] for pair in self._pairs]
+        student = [pair[1].detach().to(pair[0].dtype) for pair in self._pairs]
+        torch._foreach_lerp_(teacher, student, 1.0 - momentum)
+
+    def state(self) -> dict[str, Tensor]:
+        """Tensors by ``name.key``; a module with two names is kept under its first."""
+        seen: set[int] = set()
+        tensors: dict[str, Tensor] = {}
+        for name, module in self.modules.items():
+            if id(module) in seen:
+                continue
+            seen.add(id(module))
+            tensors |= {f"{name}.{key}": value for key, value in module.state_dict().items()}
+        return tensors
+
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """The inverse of :meth:`state`."""
+        seen: set[int] = set()
+        for name, module in self.modules.items():
+            if id(module) not in seen:
+                seen.add(id(module))
+                prefix = f"{name}."
+                module.load_state_dict({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})

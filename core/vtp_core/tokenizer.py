@@ -1,0 +1,213 @@
+"""The tokenizer as people use it: images to latents and back, features, and what objectives export."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from vtp_core import options
+from vtp_core.build import Model, blueprint, build, tokenizer_only
+from vtp_core.components import resolve
+from vtp_core.errors import DataFault, Fault, StackFault
+from vtp_core.run.checkpoint import latest, load
+from vtp_core.stack import Stack, check_stack, load_run_stack
+from vtp_core.state import load_tokenizer
+from vtp_plugins.registry import Registry
+
+if TYPE_CHECKING:
+    from vtp_plugins.objective import Objective
+
+
+@dataclass(frozen=True, slots=True)
+class Features:
+    """Full-width features.
+
+    Attributes:
+        cls: (B, D).
+        patches: (B, N, D).
+        grid: tokens along each axis.
+    """
+
+    cls: Tensor
+    patches: Tensor
+    grid: tuple[int, ...]
+
+
+Exporter = Callable[[], Mapping[str, "Objective"]]
+
+
+class Tokenizer(nn.Module):
+    """Encoder, bottleneck and decoder with the conventions of public surfaces.
+
+    Images are (B, 3, H, W) float in [0, 1]; latents are raw (B, C, h, w) unless ``standardized``.
+
+    Args:
+        model: the modules.
+        exporters: the stack's objectives by name, or a function that builds them when first asked.
+    """
+
+    def __init__(self, model: Model, exporters: Mapping[str, Objective] | Exporter | None = None) -> None:
+        super().__init__()
+        self.model = model
+        self.stack: Stack = model.stack
+        self.spec, self.modality = model.spec, model.modality
+        for name, module in model.tokenizer_modules().items():
+            self.add_module(name, module)
+        self._exporters = exporters or {}
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path, weights: str = "student", device: str = "cpu") -> Tokenizer:
+        """Load a tokenizer from a run or an exported directory.
+
+        Args:
+            path: a run directory, one of its checkpoints' runs, or an export.
+            weights: ``student``, or ``ema`` where the run kept an EMA teacher.
+            device: where to put it.
+
+        Raises:
+            DataFault: nothing loadable is there.
+            StackFault: the weights do not fit the stack, or the run has no EMA teacher.
+        """
+        stack, parts = read_run(Path(path))
+        model = tokenizer_only(blueprint(_bare(stack)))
+        load_tokenizer(model, _chosen(parts, weights))
+        model.statistics = dict(parts.get("statistics", {}))
+        tokenizer = cls(model, lambda: _exporters_of(stack, parts, device))
+        return tokenizer.to(device).eval().requires_grad_(False)
+
+    @property
+    def statistics(self) -> dict[str, Tensor]:
+        """``mean`` and ``std`` of the latent by channel, (C,), and ``count``; empty before a run has ended."""
+        return self.model.statistics
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+    def _signal(self, images: Tensor) -> Tensor:
+        normalised: Tensor = self.modality.normalise(images.to(self.device))
+        return normalised
+
+    def encode(self, images: Tensor, standardized: bool = False) -> Tensor:
+        """Images to latents (B, C, h, w)."""
+        x = self._signal(images)
+        tokens = self.encoder(x, want={"patches": len(x)})["patches"]
+        latent = self.bottleneck(tokens)["carried"]  # (B, N, D) -> (B, N, C)
+        z = latent.transpose(1, 2).unflatten(2, self._grid(x))  # (B, N, C) -> (B, C, h, w)
+        return self._shifted(z, forward=True) if standardized else z
+
+    def decode(self, z: Tensor, standardized: bool = False) -> Tensor:
+        """Latents to images in display range, (B, 3, H, W), not clamped."""
+        if not hasattr(self, "decoder"):
+            raise StackFault("this tokenizer has no decoder; its stack trains none")
+        z = self._shifted(z.to(self.device), forward=False) if standardized else z.to(self.device)
+        shown: Tensor = self.modality.to_display(self.decoder(z)["decoded"])
+        return shown
+
+    def _shifted(self, z: Tensor, forward: bool) -> Tensor:
+        if not self.statistics:
+            raise DataFault("the tokenizer has no latent statistics yet; they are computed when its run ends (vtp resume RUN)")
+        shape = (1, -1, *([1] * (z.ndim - 2)))
+        mean, std = (self.statistics[k].to(z).view(shape) for k in ("mean", "std"))
+        return (z - mean) / std if forward else z * std + mean
+
+    def _grid(self, x: Tensor) -> tuple[int, ...]:
+        return tuple(s // p for s, p in zip(x.shape[2:], self.spec.patch, strict=True))
+
+    def features(self, images: Tensor) -> Features:
+        """Full-width features after the final norm."""
+        x = self._signal(images)
+        found = self.encoder(x, want={"cls": len(x), "patches": len(x)})
+        return Features(found["cls"], found["patches"], self._grid(x))
+
+    def embed_image(self, images: Tensor) -> Tensor:
+        """Images to L2-normalised embeddings (B, E), by the objective that exports ``embed_image``."""
+        x = self._signal(images)
+        found = self.encoder(x, want={"cls": len(x), "patches": len(x)})
+        latent = self.bottleneck(found["patches"])["latent"]
+        latent_cls = self.bottleneck(found["cls"][:, None])["latent"][:, 0]
+        given = {**found, "latent": latent, "latent.cls": latent_cls}
+        embedded: Tensor = self._exporter("embed_image").embed_image(given)
+        return embedded
+
+    def embed_text(self, texts: Sequence[str]) -> Tensor:
+        """Texts to L2-normalised embeddings (n, E), by the objective that exports ``embed_text``."""
+        embedded: Tensor = self._exporter("embed_text").embed_text(list(texts))
+        return embedded
+
+    def exports(self, name: str) -> bool:
+        """Whether some objective of the stack exports ``name``."""
+        try:
+            self._exporter(name)
+        except LookupError:
+            return False
+        return True
+
+    def _exporter(self, name: str) -> Any:
+        if callable(self._exporters):
+            self._exporters = self._exporters()
+        for objective in self._exporters.values():
+            if name in objective.exports:
+                return objective
+        missing = [n for n in self.stack.section("objectives") if n not in self._exporters]
+        hint = f"; install the plugins of {', '.join(missing)}" if missing else "; its stack has no such objective"
+        raise LookupError(f"this tokenizer has no {name}{hint}")
+
+
+def read_run(path: Path) -> tuple[Stack, dict[str, dict[str, Tensor]]]:
+    """Stack and newest valid checkpoint of a run directory or an export."""
+    stack = load_run_stack(path, Registry(), check=False)
+    checkpoint = latest(path / "checkpoints")
+    if checkpoint is None:
+        raise DataFault(f"{path} has no valid checkpoint yet; run vtp resume {path}")
+    parts, _ = load(checkpoint)
+    return stack, parts
+
+
+def _bare(stack: Stack) -> Stack:
+    """The stack without what a tokenizer can do without; only these names must be installed."""
+    kept = {k: v for k, v in stack.config.items() if k in {"modality", "size", "encoder", "bottleneck", "decoder"}}
+    return check_stack(stack.name, kept, stack.registry)
+
+
+def _chosen(parts: Mapping[str, Mapping[str, Tensor]], weights: str) -> dict[str, Tensor]:
+    """Tokenizer tensors, with the EMA teacher's in place of the student's where asked."""
+    if weights not in {"student", "ema"}:
+        raise StackFault(f"weights is 'student' or 'ema', not {weights!r}")
+    tensors = dict(parts["tokenizer"])
+    if weights == "ema":
+        averaged = {k: v for k, v in parts.get("teacher", {}).items() if k.startswith(("encoder.", "bottleneck."))}
+        if not averaged:
+            raise StackFault("this run kept no EMA teacher; use weights='student'")
+        tensors |= averaged
+    return tensors
+
+
+def _exporters_of(stack: Stack, parts: Mapping[str, Mapping[str, Tensor]], device: str) -> dict[str, Objective]:
+    """Objectives that export something and are installed, with their weights."""
+    exporting = {}
+    for name, node in stack.section("objectives").items():
+        own = {k: v for k, v in node.items() if k not in options.OBJECTIVE_KEYS}
+        try:
+            component = resolve(stack.registry, "objectives", f"objectives.{name}", own, stack.dial, _modules(stack))
+        except Fault:
+            continue  # not installed here: the message of the missing method names it
+        if component.cls.exports:
+            exporting[name] = node
+    if not exporting:
+        return {}
+    kept = {k: v for k, v in stack.config.items() if k in {"modality", "size", "encoder", "bottleneck", "modules"}}
+    model = build(blueprint(Stack(stack.name, {**kept, "objectives": exporting}, stack.registry)))
+    for name, objective in model.objectives.items():
+        objective.load_state_dict(dict(parts[f"objectives/{name}"]), strict=False)
+        objective.to(device).eval().requires_grad_(False)
+    return dict(model.objectives)
+
+
+def _modules(stack: Stack) -> frozenset[str]:
+    return frozenset(stack.section("modules"))
