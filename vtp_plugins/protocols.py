@@ -72,8 +72,10 @@ class View(Protocol):
     global generator, which the loader seeds by (seed, epoch, sample, view).
     """
 
-    field: str
-    crops: int | None
+    @property
+    def field(self) -> str: ...
+    @property
+    def crops(self) -> int | None: ...
 
     def __call__(self, value: Any) -> Tensor:
         """One raw value to (K, ...), or to (...) where ``crops`` is None."""
@@ -84,7 +86,8 @@ class View(Protocol):
 class MaskSampler(Protocol):
     """Brought by an objective's ``masks``; draws once per step for a view."""
 
-    view: str
+    @property
+    def view(self) -> str: ...
 
     def __call__(self, crops: int, rows: int, grid: tuple[int, ...], clock: Clock) -> Tensor:
         """Masks of this process's rows, (K, R, N) bool on the CPU, True where hidden."""

@@ -14,8 +14,7 @@ from vtp_core.options import Balance
 def anchor_of(model: Model, at: str) -> nn.Parameter:
     """The parameter that ``decoder.last`` names: the module's ``anchors["last"]``."""
     module_name, _, name = at.partition(".")
-    module = model.modules().get(module_name)
-    anchors = getattr(module, "anchors", {})
+    anchors = getattr(model.modules().get(module_name), "anchors", {})
     if name not in anchors:
         known = [f"{n}.{a}" for n, m in model.modules().items() for a in getattr(m, "anchors", {})]
         raise StackFault(f"balance.at: no anchor {at!r}{suggestion(at, known)}")
@@ -24,12 +23,21 @@ def anchor_of(model: Model, at: str) -> nn.Parameter:
 
 
 def ratio(loss: Tensor, against: Tensor, anchor: nn.Parameter, keys: Balance) -> Tensor:
-    """||d against|| / (||d loss|| + eps) at the anchor, at most ``max``; norms of the whole batch's gradients."""
+    """||d against|| / (||d loss|| + eps) at the anchor, at most ``max``; norms of the whole batch's gradients.
+
+    Args:
+        loss: of the balanced objective, before its weight: the weight multiplies the ratio.
+        against: of the reference, with its weight: what is matched is the pull it has.
+        anchor: where the gradients are taken.
+        keys: the stack's ``balance``.
+    """
     norms = []
-    for value in (against, loss):
+    for what, value in ((keys.against, against), ("this objective", loss)):
         (grad,) = torch.autograd.grad(value, anchor, retain_graph=True, allow_unused=True)
         if grad is None:
-            raise StackFault(f"balance.at: {keys.at} gets no gradient from both {keys.against!r} and this objective")
-        norms.append(torch.linalg.vector_norm(mean_over_processes(grad)))
+            raise StackFault(
+                f"balance.at: {keys.at} gets no gradient from {what!r}; name an anchor that both reach"
+            )
+        norms.append(torch.linalg.vector_norm(mean_over_processes(grad.contiguous())))
     quotient: Tensor = norms[0] / (norms[1] + keys.eps)
     return quotient.clamp(max=keys.max).detach()

@@ -83,6 +83,14 @@ class Model:
         named |= {f"modules/{name}": module for name, module in self.shared.items()}
         return {**named, **self.objectives}
 
+    def standardise(self, z: Tensor) -> Tensor:
+        """Raw latents (B, C, *grid) as generators see them."""
+        if not self.statistics:
+            return z
+        shape = (1, -1, *([1] * (z.ndim - 2)))
+        mean, std = (self.statistics[key].to(z).view(shape) for key in ("mean", "std"))
+        return (z - mean) / std
+
 
 def blueprint(stack: Stack) -> Blueprint:
     """Resolve and check every component of a stack.
@@ -94,11 +102,12 @@ def blueprint(stack: Stack) -> Blueprint:
     config, registry, dial = stack.config, stack.registry, stack.dial
     shared = frozenset(stack.section("modules"))
 
-    def one(kind: str, key: str, node: Mapping[str, Any] | None, taken: frozenset[str] | tuple[str, ...] = ()) -> Any:
+    def one(
+        kind: str, key: str, node: Mapping[str, Any] | None, taken: frozenset[str] | tuple[str, ...] = ()
+    ) -> Any:
         if node is None:
             return None
-        own = {k: v for k, v in node.items() if k not in taken and k not in {"optim", "frozen"}}
-        return resolve(registry, kind, key, own, dial, shared)
+        return resolve(registry, kind, key, node, dial, shared, frozenset(taken) | {"optim", "frozen"})
 
     def several(kind: str, section: str, taken: frozenset[str] = frozenset()) -> dict[str, Component]:
         return {n: one(kind, f"{section}.{n}", node, taken) for n, node in stack.section(section).items()}
@@ -139,10 +148,9 @@ def build(plans: Blueprint, classes: int = 0) -> Model:
     _add_teachers(model, plans, seed)
     _add_generator(model, plans, seed)
     _add_objectives(model, plans, seed)
-    for name in model.frozen:
-        for module_name, module in model.modules().items():
-            if module_name == name:
-                module.requires_grad_(False)
+    for name, module in model.modules().items():
+        if name in model.frozen:
+            module.requires_grad_(False)
     return model
 
 
@@ -167,7 +175,9 @@ def _encoder(plans: Blueprint, spec: Spec, seed: int) -> tuple[Spec, nn.Module |
         encoder = plans.encoder.build(spec)
     for attribute in ("width", "patch", "size"):
         if not hasattr(encoder, attribute):
-            raise PluginFault(f"encoder {plans.encoder.name!r} has no attribute {attribute!r}; see protocols.Encoder")
+            raise PluginFault(
+                f"encoder {plans.encoder.name!r} has no attribute {attribute!r}; see protocols.Encoder"
+            )
     depth = getattr(encoder, "depth", 0)
     return replace(spec, width=encoder.width, patch=encoder.patch, size=encoder.size, depth=depth), encoder
 
@@ -181,18 +191,23 @@ def _bottleneck(plans: Blueprint, spec: Spec, seed: int) -> tuple[Spec, Chain | 
             link = component.build(spec)
         links.append(link)
         spec = replace(spec, channels=link.channels)
-    return replace(spec, channels=spec.channels or spec.width), Chain(links, channels=spec.channels or spec.width)
+    return replace(spec, channels=spec.channels or spec.width), Chain(
+        links, channels=spec.channels or spec.width
+    )
 
 
 def _frozen(stack: Stack) -> frozenset[str]:
-    named = {key for key in ("encoder", "bottleneck", "decoder", "generator") if _flag(stack, key)}
-    tokenizer = stack.config.get("tokenizer") or {}
-    return frozenset(named | set(tokenizer.get("frozen", ())))
-
-
-def _flag(stack: Stack, key: str) -> bool:
-    node = stack.config.get(key)
-    return isinstance(node, Mapping) and node.get("frozen") is True
+    """Modules that don't train: those with ``frozen: true`` and those that ``tokenizer.frozen`` lists."""
+    nodes = {key: stack.config.get(key) for key in ("encoder", "bottleneck", "decoder", "generator")}
+    nodes |= {f"modules/{name}": node for name, node in stack.section("modules").items()}
+    listed = (stack.config.get("tokenizer") or {}).get("frozen", ())
+    for name in listed:
+        if name not in nodes:
+            raise StackFault(f"tokenizer.frozen: no module {name!r}{suggestion(str(name), nodes)}")
+    flagged = {
+        name for name, node in nodes.items() if isinstance(node, Mapping) and node.get("frozen") is True
+    }
+    return frozenset(flagged | set(listed))
 
 
 def _add_teachers(model: Model, plans: Blueprint, seed: int) -> None:
@@ -211,7 +226,9 @@ def _add_generator(model: Model, plans: Blueprint, seed: int) -> None:
     if "share" in node:
         shared = model.tokenizer_modules().get(node["share"])
         if shared is None:
-            raise StackFault(f"generator.share: no {node['share']!r}{suggestion(node['share'], model.tokenizer_modules())}")
+            raise StackFault(
+                f"generator.share: no {node['share']!r}{suggestion(node['share'], model.tokenizer_modules())}"
+            )
         given["network"] = shared
     with _seeded(seed, "generator"):
         model.generator = plans.generator.build(model.spec, **given)
@@ -230,9 +247,15 @@ def _add_objectives(model: Model, plans: Blueprint, seed: int) -> None:
         with _seeded(seed, component.key):
             objective = component.build(model.spec, model.shared)
         if not isinstance(objective, Objective):
-            raise PluginFault(f"{component.key}: {component.cls.__name__} is no subclass of vtp_plugins.Objective")
+            raise PluginFault(
+                f"{component.key}: {component.cls.__name__} is no subclass of vtp_plugins.Objective"
+            )
         model.objectives[name] = objective
-        keys = {k: v for k, v in plans.stack.section("objectives")[name].items() if k in options.Objective.model_fields}
+        keys = {
+            k: v
+            for k, v in plans.stack.section("objectives")[name].items()
+            if k in options.Objective.model_fields
+        }
         model.settings[name] = options.Objective.model_validate(keys)
     for name, component in plans.views.items():
         model.views[name] = component.build(model.spec)

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+_STEP = 0x9E3779B97F4A7C15  # SplitMix64 (Steele, Lea and Flood 2014)
+_MIX = ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB), (31, 1))
 
 
 def keyed(*parts: object) -> int:
@@ -17,14 +21,32 @@ def keyed(*parts: object) -> int:
     return int.from_bytes(digest, "little") >> 1
 
 
+def _signed(value: int) -> int:
+    value &= 2**64 - 1
+    return value - 2**64 if value >= 2**63 else value
+
+
+def _bits(key: int, counters: Tensor) -> Tensor:
+    """64 random bits for every counter (int64) of the stream ``key``; ``counters`` is overwritten."""
+    z = counters.mul_(_signed(_STEP)).add_(key)
+    for shift, factor in _MIX:
+        z ^= (z >> shift).bitwise_and_(
+            (1 << (64 - shift)) - 1
+        )  # the shift is arithmetic, the mask makes it logical
+        if factor != 1:
+            z.mul_(_signed(factor))
+    return z
+
+
 class _Gather(torch.autograd.Function):
     """Rows of all processes; backward sums the cotangents of all and keeps this process's rows."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
         ctx.rows = x.shape[0]
+        x = x.contiguous()
         parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
-        dist.all_gather(parts, x.contiguous())
+        dist.all_gather(parts, x)
         return torch.cat(parts)  # (R, ...) -> (W*R, ...)
 
     @staticmethod
@@ -40,13 +62,13 @@ class _Total(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
-        y = x.clone()
+        y = x.contiguous().clone()
         dist.all_reduce(y)
         return y
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
-        grad = grads[0].clone()
+        grad = grads[0].contiguous().clone()
         dist.all_reduce(grad)
         return grad
 
@@ -54,6 +76,9 @@ class _Total(torch.autograd.Function):
 @dataclass(frozen=True, slots=True)
 class StepClock:
     """The clock of one step, one instance and one micro-batch.
+
+    A draw is a function of its key and of the row's place in the global batch alone, so that every
+    process makes its own rows, on its own device, and a forward over fewer rows meets the same draws.
 
     Args:
         seed: of the run.
@@ -65,7 +90,7 @@ class StepClock:
         micro: index of the micro-batch.
         micros: micro-batches per step.
         crops: rows of a draw that belong to one sample; a forward over (R*K, ...) draws K a sample.
-        device: where draws end up.
+        device: where draws are made.
     """
 
     seed: int = 0
@@ -87,28 +112,39 @@ class StepClock:
         """The same clock with another instance's streams."""
         return replace(self, instance=instance, crops=crops)
 
+    def _key(self, name: str) -> int:
+        return keyed(self.seed, self.step, self.instance, name)
+
     def rng(self, name: str) -> torch.Generator:
-        return torch.Generator().manual_seed(keyed(self.seed, self.step, self.instance, name))
+        return torch.Generator().manual_seed(self._key(name))
 
     def positions(self, rows: int) -> Tensor:
         """Row j of micro-batch m of process w is global row w + W (m + A j)."""
         return self.rank + self.world * (self.micro + self.micros * torch.arange(rows))
 
     def normal(self, name: str, *shape: int) -> Tensor:
-        return self._dealt(torch.randn(self._whole(shape), generator=self.rng(name)), shape)
+        bits = self._drawn(name, shape)
+        radius = (((bits >> 32) + (2**31 + 1)).float() * 2.0**-32).log_().mul_(-2).sqrt_()  # from (0, 1]
+        angle = bits.bitwise_and_(2**32 - 1).float() * (2.0**-32 * 2 * math.pi)
+        return radius.mul_(angle.cos_())  # Box and Muller
 
     def uniform(self, name: str, *shape: int) -> Tensor:
-        return self._dealt(torch.rand(self._whole(shape), generator=self.rng(name)), shape)
+        return (self._drawn(name, shape) >> 40).add_(2**23).float() * 2.0**-24
 
-    def _whole(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        rows, rest = divmod(shape[0], self.crops)
-        assert rest == 0, f"{shape[0]} rows are no multiple of {self.crops} crops"
-        return (rows * self.world * self.micros, self.crops, *shape[1:])
-
-    def _dealt(self, whole: Tensor, shape: tuple[int, ...]) -> Tensor:
-        if self.world * self.micros > 1:
-            whole = whole[self.positions(shape[0] // self.crops)]
-        return whole.flatten(0, 1).to(self.device)  # (R, K, ...) -> (R*K, ...)
+    def _drawn(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        """64 bits for every element of ``shape``, by the element's place in the global batch."""
+        samples, rest = divmod(shape[0], self.crops)
+        if rest:
+            raise ValueError(
+                f"{self.instance}: draw {name!r} of {shape[0]} rows, which is no multiple of {self.crops} crops"
+            )
+        each = self.crops * math.prod(shape[1:])  # elements that belong to one sample
+        first = self.rank + self.world * self.micro
+        stride = self.world * self.micros
+        stop = first + samples * stride
+        rows = torch.arange(first, stop, stride, device=self.device).mul_(each)  # (R,)
+        places = rows[:, None] + torch.arange(each, device=self.device)  # (R,) -> (R, each)
+        return _bits(self._key(name), places).view(shape)
 
     def gather(self, x: Tensor) -> Tensor:
         if self.world == 1:

@@ -55,7 +55,13 @@ class Component:
 
 
 def resolve(
-    registry: Registry, kind: str, key: str, node: Mapping[str, Any], dial: str, modules: frozenset[str] = frozenset()
+    registry: Registry,
+    kind: str,
+    key: str,
+    node: Mapping[str, Any],
+    dial: str,
+    modules: frozenset[str] = frozenset(),
+    taken: frozenset[str] = frozenset(),
 ) -> Component:
     """Load the class that a stack's node names and check the node's options.
 
@@ -63,9 +69,10 @@ def resolve(
         registry: what is installed.
         kind: group of the component.
         key: the node's place in the stack; its last part is the name unless ``use`` is written.
-        node: options and ``use``; the engine's own keys are already taken out.
+        node: options and ``use``, perhaps among keys that are the engine's own.
         dial: the stack's ``size``.
         modules: names under the stack's ``modules``.
+        taken: the engine's own keys, left out of the options but known to suggestions.
 
     Raises:
         StackFault: unknown name or option, or a value of the wrong type.
@@ -73,9 +80,9 @@ def resolve(
     """
     name = node.get("use", key.rpartition(".")[2])
     cls = registry.load(kind, name, key)
-    written = {option: value for option, value in node.items() if option != "use"}
+    written = {option: value for option, value in node.items() if option != "use" and option not in taken}
     options = {**dial_options(cls, dial), **written}
-    return _checked(key, name, cls, options, modules)
+    return _checked(key, name, cls, options, modules, taken)
 
 
 def dial_options(cls: Any, dial: str) -> dict[str, Any]:
@@ -83,11 +90,13 @@ def dial_options(cls: Any, dial: str) -> dict[str, Any]:
     return dict(getattr(cls, "sizes", {}).get(dial, {}))
 
 
-def _checked(key: str, name: str, cls: Any, options: dict[str, Any], modules: frozenset[str]) -> Component:
+def _checked(
+    key: str, name: str, cls: Any, options: dict[str, Any], modules: frozenset[str], taken: frozenset[str]
+) -> Component:
     schema, module_options = schema_of(cls)
     for option in options:
         if option not in schema.model_fields and option not in module_options:
-            known = [*schema.model_fields, *module_options]
+            known = [*schema.model_fields, *module_options, *taken]
             raise StackFault(f"{key}: unknown option {option!r}{suggestion(option, known)}")
     named = {option: options.pop(option) for option in module_options if options.get(option) is not None}
     for option, target in named.items():

@@ -168,7 +168,7 @@ class _Counting:
                 run.value(node)
             crops = self.inputs.views[node.view].shape[1] if node.view in self.inputs.views else 1
             rows = max(demand.rows.values())
-            grid = run.grid(node.view) if node.view in self.inputs.views else self.model.spec.grid
+            grid = run.signals.grid(node.view) or self.model.spec.grid
             tokens = rows * crops * int(torch.Size(grid).numel())
             counted.nodes[node] = Cost(rows, crops, tokens, counter.flops, counter.saved)
 

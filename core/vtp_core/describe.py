@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 import io
-from typing import Any
+from collections.abc import Hashable
+from typing import Any, cast
 
 from rich.console import Console
 from rich.table import Table
@@ -98,7 +99,7 @@ def show(entry: Entry, dial: str = "tiny") -> str:
     lines = [f"{entry.kind} {entry.name}   {entry.target}   {entry.distribution}", ""]
     lines += [inspect.getdoc(loaded) or "(no docstring)", ""]
     if inspect.isclass(loaded):
-        schema, modules = schema_of(loaded)
+        schema, modules = schema_of(cast("Hashable", loaded))
         defaults = dial_options(loaded, dial)
         lines.append("options:")
         for name, field in schema.model_fields.items():
@@ -111,7 +112,7 @@ def show(entry: Entry, dial: str = "tiny") -> str:
 
 
 def _kind(annotation: Any) -> str:
-    return getattr(annotation, "__name__", None) or str(annotation).replace("typing.", "")
+    return annotation.__name__ if inspect.isclass(annotation) else str(annotation).replace("typing.", "")
 
 
 def _needs(cls: Any) -> list[str]:

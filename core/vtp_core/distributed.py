@@ -28,12 +28,21 @@ def start(device: torch.device) -> None:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
 
 
+@torch.no_grad()
 def average_gradients(parameters: Sequence[nn.Parameter]) -> None:
-    """Average over processes; a parameter unused here counts as zero, so that all processes agree."""
+    """Average over processes; where only some have a gradient, the others count as zero.
+
+    A gradient that no process has stays None, so that optimizers skip it as a single process would.
+    """
     world = world_size()
-    if world == 1:
+    if world == 1 or not parameters:
         return
-    for bucket in _buckets(parameters):
+    has = torch.tensor(
+        [p.grad is not None for p in parameters], dtype=torch.uint8, device=parameters[0].device
+    )
+    dist.all_reduce(has, dist.ReduceOp.MAX)
+    used = [parameter for parameter, flag in zip(parameters, has.tolist(), strict=True) if flag]
+    for bucket in _buckets(used):
         grads = [p.grad if p.grad is not None else torch.zeros_like(p) for p in bucket]
         flat = torch.cat([grad.flatten() for grad in grads])
         dist.all_reduce(flat)
@@ -57,7 +66,7 @@ def _buckets(parameters: Sequence[nn.Parameter]) -> Iterable[list[nn.Parameter]]
 
 
 def mean_over_processes(values: Tensor) -> Tensor:
-    """Mean of a tensor over processes."""
+    """Mean of a tensor over processes, in place."""
     if world_size() > 1:
         dist.all_reduce(values)
         values /= world_size()

@@ -4,24 +4,29 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from vtp_core import balance, distributed, schedule, state
+from vtp_core import distributed, schedule, state
 from vtp_core.build import Model
 from vtp_core.clock import StepClock
 from vtp_core.critics import Critics
 from vtp_core.errors import NonFinite
 from vtp_core.forwards import Forwards, Inputs
 from vtp_core.hooks import manager_of
-from vtp_core.layout import Layout, checked_terms
+from vtp_core.layout import Layout
+from vtp_core.losses import Losses
+from vtp_core.nodes import Node, Plan
 from vtp_core.optim import Optimizers
 from vtp_core.options import Train
-from vtp_core.planner import Plan, Stage, plan
+from vtp_core.planner import plan
+from vtp_core.tally import Tally, finite
 from vtp_core.teacher import EMATeacher, momentum_at
-from vtp_plugins.needs import Need
+from vtp_plugins.needs import Need, Outputs
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.float32}
 
@@ -36,6 +41,11 @@ class Engine:
         device: where to compute.
         hooks: hook plugins, built.
         provided: outputs that the dataset supplies.
+
+    Attributes:
+        steps_done: optimizer steps taken.
+        run_path: directory of the run, for hooks that write; None without one.
+        last_runs: how often each node of the last micro-batch was computed.
     """
 
     def __init__(
@@ -51,13 +61,15 @@ class Engine:
         self.device, self.dtype = torch.device(device), DTYPES[train.precision]
         self.world, self.rank = distributed.world_size(), distributed.rank()
         self.steps_done = 0
+        self.run_path: Path | None = None
         self.layout = Layout(model, batch_size, self.world, train.accumulate, provided)
         self.plugins = manager_of(hooks or {})
-        self._plans: dict[tuple[str, ...], Plan] = {}
-        self.last_runs: dict[Any, int] = {}
+        self._plans: dict[tuple[tuple[str, ...], frozenset[str]], Plan] = {}
+        self._fresh_plans: dict[str, Plan] = {}
+        self.last_runs: dict[Node, int] = {}
         self._place()
         self.plugins.hook.vtp_build(engine=self)
-        self.critics = Critics(model, train.steps)
+        self.critics = Critics(model, train.steps, train.max_grad_norm)
         self.optimizers = Optimizers(self.layout.owners(), self.layout.optim, train.steps)
 
     def _place(self) -> None:
@@ -66,8 +78,6 @@ class Engine:
             module.to(self.device, self.dtype)
         self.ema = EMATeacher(state.shadowed(self.model))
         state.bind_shadows(self.model, self.ema)
-        for module in self.model.modules().values():
-            module.train()
 
     # ---- planning
 
@@ -76,19 +86,22 @@ class Engine:
         steps = self.train_keys.steps
         return tuple(n for n, keys in self.model.settings.items() if schedule.is_active(keys, step, steps))
 
-    def plan(self, names: tuple[str, ...] | None = None) -> Plan:
-        """The plan for a set of objectives; plans are kept by that set."""
-        names = self.active(self.steps_done) if names is None else names
-        if names not in self._plans:
-            readers = self.layout.readers(names)
-            self._plans[names] = plan(readers, self._trains, self.layout.fields, self.layout.provided)
-        return self._plans[names]
+    def plan(self, names: tuple[str, ...] | None = None, watchers: frozenset[str] = frozenset()) -> Plan:
+        """The plan for a set of objectives, by default of the coming step; plans are kept by that set.
 
-    def plan_of(self, needs: Mapping[str, Mapping[str, Need]]) -> Plan:
-        """The plan for given needs by objective, outside the step's own."""
-        names = tuple(needs)
-        readers = [self.layout.reader(name, slots, names) for name, slots in needs.items()]
-        return plan(readers, self._trains, self.layout.fields, self.layout.provided)
+        Args:
+            names: objectives whose losses are taken.
+            watchers: those of which only the critic reads.
+        """
+        if names is None:
+            names, watchers = self.active(self.steps_done), self.critics.watching(self.steps_done)
+        key = (names, watchers - set(names))
+        if key not in self._plans:
+            readers = tuple(n for n in self.model.objectives if n in names or n in watchers)
+            self._plans[key] = plan(
+                self.layout.readers(readers, key[1]), self._trains, self.layout.fields, self.layout.provided
+            )
+        return self._plans[key]
 
     def _trains(self, module: str) -> bool:
         found = self.model.modules().get(module)
@@ -106,20 +119,23 @@ class Engine:
         Raises:
             NonFinite: a loss or gradient is not finite; no weight has moved.
         """
-        names = self.active(self.steps_done)
+        names, step_plan, micros = self.active(self.steps_done), self.plan(), self.train_keys.accumulate
+        tally, clock = Tally(micros), self._clock(0)
         self.critics.begin(self.steps_done)
-        losses: dict[str, Tensor] = {}
-        for micro in range(self.train_keys.accumulate):
-            part, clock = self.layout.micro(inputs, micro), self._clock(micro)
-            self._backward(self.plan(names), part, clock, losses)
-        clock = self._clock(0)
-        row = self._checked(losses, inputs)
+        losses = self._losses(tally, self.critics)
+        for micro in range(micros):
+            self._backward(step_plan, self.layout.micro(inputs, micro), self._clock(micro), losses)
+        norms, waiting = self._norms(), self.critics.norms()
+        row = {"step": self.steps_done, **self._checked(tally, norms, waiting, step_plan, inputs)}
         for name in names:
             self.model.objectives[name].settle(clock.of(name))
+        self.optimizers.clip(norms, self.train_keys.max_grad_norm)
         self.optimizers.step(self.steps_done)
-        self.critics.step()
-        row |= self.critics.fresh(self, inputs, clock)
+        self.critics.step(waiting)
+        with self.autocast():
+            row |= self.critics.fresh(lambda *wanted: self._again(inputs, *wanted), micros)
         self.ema.update(momentum_at(clock.share, self.train_keys.teacher.momentum))
+        row |= {f"lr/{owner}": rate for owner, rate in self.optimizers.rates(self.steps_done).items()}
         self.steps_done += 1
         self.plugins.hook.vtp_step_end(engine=self, clock=clock, metrics=row)
         return row
@@ -130,112 +146,99 @@ class Engine:
             micro, self.train_keys.accumulate, device=self.device,
         )  # fmt: skip
 
+    def _losses(self, tally: Tally, critics: Critics | None = None, only: str | None = None) -> Losses:
+        return Losses(self.model, self.steps_done, self.train_keys.steps, tally, critics, only)
+
     def forwards(self, step_plan: Plan, inputs: Inputs, clock: StepClock) -> Forwards:
-        """The nodes of a plan over a batch, with masks drawn."""
-        inputs = Inputs(inputs.views, inputs.fields, self.layout.masks(inputs, clock))
+        """The nodes of a plan over a micro-batch, with masks drawn."""
+        inputs = Inputs(inputs.views, inputs.fields, self.layout.masks(inputs, clock, step_plan))
         return Forwards(
-            self.model, self.ema.modules, step_plan, inputs, clock, self.plugins.hook, self.dtype, self.layout.crop_free
+            self.model,
+            self.ema.modules,
+            step_plan,
+            inputs,
+            clock,
+            self.plugins.hook,
+            self.dtype,
+            self.layout.crop_free,
         )
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         """bf16 autocast on request."""
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.train_keys.precision == "bfloat16")
+        return torch.autocast(
+            self.device.type, torch.bfloat16, enabled=self.train_keys.precision == "bfloat16"
+        )
 
-    def _backward(self, step_plan: Plan, inputs: Inputs, clock: StepClock, losses: dict[str, Tensor]) -> None:
+    def _backward(self, step_plan: Plan, inputs: Inputs, clock: StepClock, losses: Losses) -> None:
         """Forward, losses and backward of every stage, one stage after another."""
-        with self.autocast():
-            run = self.forwards(step_plan, inputs, clock)
-        for index, stage in enumerate(step_plan.stages):
+        run = self.forwards(step_plan, inputs, clock)
+        for stage in step_plan.stages:
+            if losses.only is not None and losses.only not in stage.readers:
+                continue
             with self.autocast():
-                total = self._stage(run, stage, clock, losses)
+                total = losses.stage(run, stage)
             if total is not None and total.requires_grad:
                 (total / self.train_keys.accumulate).backward()
-            run.release(_kept(step_plan, index))
+            run.release(stage)
         self.last_runs = run.runs
 
-    def _stage(self, run: Forwards, stage: Stage, clock: StepClock, losses: dict[str, Tensor]) -> Tensor | None:
-        """The stage's weighted loss; terms and weights are noted in ``losses``."""
-        sums: dict[str, Tensor] = {}
-        for name in stage.readers:
-            sums[name] = self._objective(run, name, clock, losses)
-        total: Tensor | None = None
-        for name, value in sums.items():
-            keys = self.model.settings[name]
-            scale: float | Tensor = schedule.ramp(keys, self.steps_done, self.train_keys.steps)
-            if keys.balance is not None:
-                anchor = balance.anchor_of(self.model, keys.balance.at)
-                scale = scale * balance.ratio(value, sums[keys.balance.against], anchor, keys.balance)
-            _note(losses, f"weight/{name}", torch.as_tensor(_factor(keys.weight) * scale), self.train_keys.accumulate)
-            part = value * scale
-            total = part if total is None else total + part
-        if total is not None:
-            _note(losses, "loss", total, self.train_keys.accumulate)
-        return total
-
-    def _objective(self, run: Forwards, name: str, clock: StepClock, losses: dict[str, Tensor]) -> Tensor:
-        """Weighted sum of an objective's terms over its evaluations."""
-        objective, keys = self.model.objectives[name], self.model.settings[name]
-        total: Tensor | None = None
-        for turn in range(keys.repeat):
-            slots = run.plan.handouts[name, turn]
-            got = {slot: run.hand(handout) for slot, handout in slots.items()}
-            own = clock.of(name if keys.repeat == 1 else f"{name}#{turn}")
-            noted = self.critics.turn(name, got, own, "before")
-            terms = checked_terms(name, objective(got, own))
-            noted |= {f"{name}/{term}": value for term, value in terms.items()}
-            noted |= self.critics.turn(name, got, own, "after")
-            for term, value in noted.items():
-                _note(losses, term, value, self.train_keys.accumulate)
-            value = schedule.weighted(name, keys, terms)
-            total = value if total is None else total + value
-        assert total is not None
-        return total
+    def _again(
+        self, inputs: Inputs, name: str, needs: Mapping[str, Need], micro: int
+    ) -> tuple[dict[str, Outputs], StepClock]:
+        """What an objective reads, computed again without gradient, for a critic on fresh input."""
+        if name not in self._fresh_plans:
+            reader = replace(self.layout.reader(name, needs, (name,), learns=False), repeat=1)
+            layout = self.layout
+            self._fresh_plans[name] = plan([reader], lambda module: False, layout.fields, layout.provided)
+        clock, fresh = self._clock(micro), self._fresh_plans[name]
+        with torch.no_grad():
+            run = self.forwards(fresh, self.layout.micro(inputs, micro), clock)
+            return {slot: run.hand(handout) for slot, handout in fresh.handouts[name, 0].items()}, clock.of(
+                name
+            )
 
     # ---- the finite check
 
-    def _checked(self, losses: dict[str, Tensor], inputs: Inputs) -> dict[str, float]:
-        """Average gradients, check everything in one read-back, clip; returns the row."""
-        parameters = self.optimizers.parameters()
-        distributed.average_gradients(parameters)
-        norms = self.optimizers.norms()
-        numbers = {**losses, **{f"grad/{owner}": norm for owner, norm in norms.items()}}
-        stacked = torch.stack([v.detach().to(self.device, torch.float64) for v in numbers.values()])
-        values = distributed.mean_over_processes(stacked).tolist() if numbers else []
-        row = dict(zip(numbers, values, strict=True))
-        bad = [name for name, value in row.items() if not _finite(value)]
+    def _norms(self) -> dict[str, Tensor]:
+        distributed.average_gradients(self.optimizers.parameters())
+        return self.optimizers.norms()
+
+    def _checked(
+        self, tally: Tally, norms: Mapping[str, Tensor], waiting: Mapping[str, Mapping[str, Tensor]], step_plan: Plan,
+        inputs: Inputs,
+    ) -> dict[str, float]:  # fmt: skip
+        """Everything noted and all gradient norms in one read-back, if they are finite."""
+        grads = {f"grad/{owner}": norm for owner, norm in norms.items()}
+        grads |= {f"grad/{name}/critic": norm for name, own in waiting.items() for norm in own.values()}
+        row = tally.read(grads)
+        bad = [name for name, value in row.items() if not finite(value)]
         if bad:
-            self._stop(bad, inputs)
-        self._clip(norms)
-        return {"step": self.steps_done, **row, **{f"lr/{k}": v for k, v in self.optimizers.rates(self.steps_done).items()}}
+            self._stop(bad, step_plan, inputs)
+        return row
 
-    def _clip(self, norms: Mapping[str, Tensor]) -> None:
-        limit = self.train_keys.max_grad_norm
-        if limit is None or not norms:
-            return
-        whole = torch.linalg.vector_norm(torch.stack(list(norms.values())))
-        scale = (limit / (whole + 1e-6)).clamp(max=1.0)
-        grads = [p.grad for p in self.optimizers.parameters() if p.grad is not None]
-        torch._foreach_mul_(grads, scale.to(grads[0].dtype))
-
-    def _stop(self, bad: list[str], inputs: Inputs) -> None:
+    def _stop(self, bad: list[str], step_plan: Plan, inputs: Inputs) -> None:
         """Undo what the step prepared and name the objective at fault."""
         self.optimizers.clear()
         self.critics.undo()
+        named = [n for n in bad if n != "loss" and not n.startswith(("grad/", "weight/"))]
+        named = named or [f"{n.split('/')[1]} (gradient of its critic)" for n in bad if n.endswith("/critic")]
+        named = named or self._blame(step_plan, inputs) or bad
         for objective in self.model.objectives.values():
             objective.pending.clear()
-        terms = [n for n in bad if not n.startswith(("grad/", "weight/")) and n != "loss"]
-        named = terms or self._blame(inputs) or bad
+        culprit = named[0].partition("/")[0].partition(" ")[0]
         raise NonFinite(
             f"step {self.steps_done}: not finite: {', '.join(named)}; no weight has moved. "
-            f"Lower train.optim.lr or the weight of {named[0].partition('/')[0]!r}, then resume from the last checkpoint"
+            f"Lower train.optim.lr or the weight of {culprit!r}, then resume from the last checkpoint"
         )
 
-    def _blame(self, inputs: Inputs) -> list[str]:
+    def _blame(self, step_plan: Plan, inputs: Inputs) -> list[str]:
         """Objectives whose gradient alone is not finite: draws are keyed, so the step can be repeated."""
         found = []
         for name in self.active(self.steps_done):
-            self._backward(self.plan((name,)), self.layout.micro(inputs, 0), self._clock(0), {})
-            if not all(_finite(float(norm)) for norm in self.optimizers.norms().values()):
+            losses = self._losses(Tally(), only=name)
+            for micro in range(self.train_keys.accumulate):
+                self._backward(step_plan, self.layout.micro(inputs, micro), self._clock(micro), losses)
+            if not all(map(finite, Tally().read(self._norms()).values())):
                 found.append(f"{name} (gradient)")
             self.optimizers.clear()
         return found
@@ -243,7 +246,7 @@ class Engine:
     # ---- state
 
     def state(self) -> dict[str, dict[str, Tensor]]:
-        """Tensors by part; with ``steps_done`` they are everything that a resumed run needs."""
+        """Tensors by part, not copied; with ``steps_done`` they are everything that a resumed run needs."""
         parts = state.module_state(self.model)
         parts["teacher"] = self.ema.state()
         parts["optimizer"] = self.optimizers.state()
@@ -252,35 +255,7 @@ class Engine:
     def load(self, parts: Mapping[str, Mapping[str, Tensor]], step: int) -> None:
         """The inverse of :meth:`state`."""
         state.load_modules(self.model, parts)
-        self.ema.load(parts["teacher"])
-        self.optimizers.load(parts["optimizer"])
+        self.ema.load(parts.get("teacher", {}))
+        self.optimizers.load(parts.get("optimizer", {}))
         self.critics.load(parts)
         self.steps_done = step
-
-
-def _kept(step_plan: Plan, index: int) -> frozenset[Any]:
-    """Nodes that stages after ``index`` read."""
-    kept = set()
-    for stage in step_plan.stages[index + 1 :]:
-        for (reader, _), slots in step_plan.handouts.items():
-            if reader in stage.readers:
-                kept |= {node for handout in slots.values() for node in handout.outputs.values()}
-    for node in list(kept):
-        while node.reads is not None:
-            node = node.reads
-            kept.add(node)
-    return frozenset(kept)
-
-
-def _note(losses: dict[str, Tensor], name: str, value: Tensor, micros: int) -> None:
-    noted = value.detach().float() / micros
-    losses[name] = losses[name] + noted if name in losses else noted
-
-
-def _factor(weight: float | dict[str, float]) -> float:
-    return weight if isinstance(weight, float | int) else 1.0
-
-
-def _finite(value: float) -> bool:
-    return value - value == 0.0
-

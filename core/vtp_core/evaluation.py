@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from vtp_core import options
 from vtp_core.components import Component, resolve
+from vtp_core.errors import StackFault
 from vtp_core.probes import run_probes
 from vtp_core.probes.bench import Bench
 from vtp_core.stack import Stack
@@ -21,8 +22,10 @@ if TYPE_CHECKING:
 
 def dataset_component(stack: Stack) -> Component:
     """The stack's dataset with its options checked, not built."""
-    node = {k: v for k, v in (stack.config.get("data") or {}).items() if k not in options.DATA_KEYS}
-    return resolve(stack.registry, "datasets", "data", node, stack.dial)
+    node = stack.config.get("data")
+    if node is None:
+        raise StackFault("the stack names no data; write data: {use: emoji}")
+    return resolve(stack.registry, "datasets", "data", node, stack.dial, taken=options.DATA_KEYS)
 
 
 def dataset_factory(stack: Stack) -> Callable[[str | None], Dataset]:
@@ -31,7 +34,7 @@ def dataset_factory(stack: Stack) -> Callable[[str | None], Dataset]:
     spec = Spec(modality=stack.config.get("modality", "image"), dial=stack.dial)
 
     def make(split: str | None = None) -> Dataset:
-        dataset: Dataset = component.build(spec, **({} if split is None else {"split": split}))
+        dataset: Dataset = component.build(spec) if split is None else component.build(spec, split=split)
         return dataset
 
     return make
@@ -41,8 +44,7 @@ def probe_components(stack: Stack) -> dict[str, Component]:
     """The stack's probes with their options checked."""
     found = {}
     for name, node in stack.section("probes").items():
-        own = {k: v for k, v in node.items() if k not in options.PROBE_KEYS}
-        found[name] = resolve(stack.registry, "probes", f"probes.{name}", own, stack.dial)
+        found[name] = resolve(stack.registry, "probes", f"probes.{name}", node, stack.dial, taken=options.PROBE_KEYS)
     return found
 
 

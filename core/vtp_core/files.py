@@ -8,9 +8,9 @@ import torch
 from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torchvision.transforms.v2.functional import pil_to_tensor, to_pil_image
+from torchvision.transforms.v2.functional import to_pil_image
 
-from vtp_core.data.views import Centre
+from vtp_core.data.views import Centre, as_image
 from vtp_core.errors import DataFault
 from vtp_core.tokenizer import Tokenizer
 
@@ -25,7 +25,7 @@ def encode_files(run: Path, files: list[Path], out: Path) -> str:
         DataFault: a file is no picture.
     """
     tokenizer = Tokenizer.from_pretrained(run)
-    view = Centre(tokenizer.spec)
+    view = Centre(tokenizer.spec.size)
     images = torch.cat([view(_picture(file)) for file in files]).float() / 255  # B x (1, 3, H, W) -> (B, 3, H, W)
     with torch.no_grad():
         z = tokenizer.encode(images).float().cpu().contiguous()
@@ -37,7 +37,7 @@ def encode_files(run: Path, files: list[Path], out: Path) -> str:
 def _picture(file: Path) -> torch.Tensor:
     try:
         with Image.open(file) as image:
-            return pil_to_tensor(image.convert("RGB"))
+            return as_image(image)
     except OSError as error:
         raise DataFault(f"{file}: not a picture that can be read ({error}); give PNG, JPEG or WebP files") from error
 

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -12,34 +11,21 @@ from torch import Tensor, nn
 
 from vtp_core.build import Model
 from vtp_core.clock import StepClock
-from vtp_core.errors import StackFault
-from vtp_core.planner import Handout, Node, Plan
+from vtp_core.errors import PluginFault, StackFault
+from vtp_core.inputs import Inputs as Inputs
+from vtp_core.inputs import Signals
+from vtp_core.nodes import Handout, Node, Plan, Stage
 from vtp_plugins.needs import Outputs
 
 
-@dataclass(slots=True)
-class Inputs:
-    """What a step reads: of this process, in the order of the batch.
-
-    Attributes:
-        views: (R, K, ...) as the loader made them, or (R, ...) for views without crops.
-        fields: raw fields, tensors (R, ...) or lists.
-        masks: (K, R, N) bool on the CPU, by sampler.
-    """
-
-    views: dict[str, Tensor]
-    fields: dict[str, Any]
-    masks: dict[str, Tensor] = field(default_factory=dict)
-
-
 class Forwards:
-    """Values of one step's nodes, computed when first read.
+    """Values of one micro-batch's nodes, computed when first read.
 
     Args:
         model: modules.
         ema: EMA copies by name (``encoder``, ``bottleneck``).
         plan: of the step.
-        inputs: of the step.
+        inputs: of the step, with masks.
         clock: of the step.
         hooks: pluggy's relay, or None to call modules directly.
         dtype: of signals.
@@ -58,280 +44,232 @@ class Forwards:
         crop_free: frozenset[str] = frozenset(),
     ) -> None:
         self.model, self.ema, self.plan = model, ema, plan
-        self.inputs, self.clock, self.hooks, self.dtype = inputs, clock, hooks, dtype
-        self.crop_free = crop_free
+        self.clock, self.hooks = clock, hooks
+        self.signals = Signals(inputs, model.modality, model.spec.patch, clock.device, dtype, crop_free)
         self.values: dict[Node, dict[str, Any]] = {}
         self.runs: dict[Node, int] = {}
-        self._signals: dict[str, Tensor] = {}
-        self._masks: dict[str, Tensor] = {}
 
     # ---- handing out
 
     def hand(self, handout: Handout) -> Outputs:
         """One slot: every output cut to the reader's rows, crops first."""
-        values = {name: self._cut(node, name, handout.rows) for name, node in handout.outputs.items()}
-        view = handout.need.view
-        mask = self._mask_name(handout)
-        shown = None
-        if mask is not None:
-            shown = self._mask(mask)[:, : handout.rows]
-        grid = self.grid(view) if self._has_grid(view) else ()
-        return Outputs(values, shown, grid)
+        values = {output: self._cut(node, output, handout.rows) for output, node in handout.outputs.items()}
+        mask = None if handout.mask is None else self.signals.mask(handout.mask)[:, : handout.rows]
+        view = next(iter(handout.outputs.values())).view
+        return Outputs(values, mask, self.signals.grid(view))
 
     def _cut(self, node: Node, output: str, rows: int) -> Any:
         value = self.value(node)[output]
-        if node.kind == "input" and (node.view in self.inputs.fields or node.view in self.crop_free):
+        if output == "input" and self.signals.bare(node.view):
             return value[:rows]
-        crops = self._crops(node.view)
-        if "@" in output:
-            return self._cut_places(value, node, output, rows)
+        _, at, mask = output.partition("@")
+        if at:
+            most = self.plan.demands[node].rows[output]
+            return value if most == rows else value[self.signals.within(mask, most, rows)]
+        crops = self.signals.crops(node.view)
         if isinstance(value, tuple):  # a posterior is (mean, log-variance)
             return tuple(_crops_first(part, rows, crops) for part in value)
         return _crops_first(value, rows, crops)
 
-    def _cut_places(self, value: Tensor, node: Node, output: str, rows: int) -> Tensor:
-        """Features at masked places of the first rows: a subset in the same order."""
-        if self.plan.demands[node].rows[output] == rows:
-            return value
-        mask = self.inputs.masks[output.partition("@")[2]][:, : self.plan.demands[node].rows[output]]
-        keep = mask.nonzero()[:, 1] < rows  # (M,), the row of each place
-        return value[keep.to(value.device)]
-
-    def _mask_name(self, handout: Handout) -> str | None:
-        for output in handout.outputs:
-            if "@" in output:
-                return output.partition("@")[2]
-        return next((n.mask for n in handout.outputs.values() if n.mask), None)
-
-    # ---- inputs
-
-    def _crops(self, view: str) -> int:
-        if view == "latent":
-            return 1
-        return int(self.inputs.views[view].shape[1])
-
-    def _has_grid(self, view: str) -> bool:
-        return view in self.inputs.views and view not in self.crop_free
-
-    def grid(self, view: str) -> tuple[int, ...]:
-        """Tokens along each axis of a view."""
-        size = self.inputs.views[view].shape[3:]
-        return tuple(s // p for s, p in zip(size, self.model.spec.patch, strict=True))
-
-    def _mask(self, name: str) -> Tensor:
-        """(K, R, N) on the device."""
-        if name not in self._masks:
-            self._masks[name] = self.inputs.masks[name].to(self.clock.device, non_blocking=True)
-        return self._masks[name]
-
-    def signal(self, view: str) -> Tensor:
-        """A view as the encoder reads it, (R*K, ch, *size); made once a step."""
-        if view not in self._signals:
-            raw = self.inputs.views[view].to(self.clock.device, non_blocking=True)
-            if view in self.crop_free:
-                self._signals[view] = raw
-            else:
-                flat = raw.flatten(0, 1)  # (R, K, ch, *size) -> (R*K, ch, *size)
-                self._signals[view] = self.model.modality.normalise(flat).to(self.dtype)
-        return self._signals[view]
+    def release(self, stage: Stage) -> None:
+        """After a stage: forget what no later stage reads, and free its graph from what stays."""
+        for node in list(self.values):
+            if node not in stage.keep:
+                del self.values[node]
+            elif node in stage.nodes:
+                self.values[node] = {output: detached(value) for output, value in self.values[node].items()}
 
     # ---- nodes
 
     def value(self, node: Node) -> dict[str, Any]:
         """Outputs of a node, leading axis R*K; computed at the first call."""
         if node not in self.values:
+            with torch.set_grad_enabled(node in self.plan.live):
+                found = dict(getattr(self, f"_{node.kind}")(node))
+            missing = [output for output in self.plan.demands[node].rows if output not in found]
+            if missing:
+                raise StackFault(f"{node} gives no {missing[0]!r}; it gives {', '.join(sorted(found))}")
             self.runs[node] = self.runs.get(node, 0) + 1
-            with contextlib.nullcontext() if node in self.plan.live else torch.no_grad():
-                self.values[node] = getattr(self, f"_{node.kind}")(node)
+            self.values[node] = found
         return self.values[node]
 
     def _read(self, node: Node, output: str) -> Any:
         """An output of what the node reads; detached where the node's input is cut."""
         assert node.reads is not None
         value = self.value(node.reads)[output]
-        return value.detach() if node.cut and isinstance(value, Tensor) else value
+        return detached(value) if node.cut else value
 
-    def _rows(self, node: Node, output: str) -> int:
-        return self.plan.demands[node].rows.get(output, 0)
+    def _rows(self, node: Node, outputs: Iterable[str] | None = None) -> int:
+        """Rows of R*K that the node computes for some of its outputs, or for all."""
+        demand = self.plan.demands[node].rows
+        return max(demand[o] for o in (demand if outputs is None else outputs)) * self.signals.crops(
+            node.view
+        )
 
     def _input(self, node: Node) -> dict[str, Any]:
-        if node.view in self.inputs.fields:
-            raw = self.inputs.fields[node.view]
-            value = raw.to(self.clock.device) if isinstance(raw, Tensor) else raw
-            if node.view == "latent":
-                value = _tokens(value.to(self.dtype))
-            return dict.fromkeys(self.plan.demands[node].rows, value)
-        return {"input": self.signal(node.view)}
+        if node.view in self.signals.inputs.views:
+            return {"input": self.signals.signal(node.view)}
+        raw = self.signals.field(node.view)
+        latents = [output for output in self.plan.demands[node].rows if output != "input"]
+        return {"input": raw, **dict.fromkeys(latents, _tokens(raw) if latents else None)}
 
     def _encode(self, node: Node) -> dict[str, Any]:
-        crops, demand = self._crops(node.view), self.plan.demands[node]
-        rows = max(demand.rows.values())
-        x = self.signal(node.view)[: rows * crops]
-        want = {output: count * crops for output, count in demand.rows.items()}
-        select = {o.partition("@")[2]: self._places(o.partition("@")[2], demand.rows[o]) for o in want if "@" in o}
-        module = self.ema["encoder"] if node.source == "ema" else self.model.encoder
-        assert module is not None
-        mask = None
+        module = _present(self.ema.get("encoder") if node.source == "ema" else self.model.encoder, node)
+        crops, demand = self.signals.crops(node.view), self.plan.demands[node].rows
+        rows = max(demand.values())
+        x = self.signals.signal(node.view)[: rows * crops]
+        want = {output: count * crops for output, count in demand.items()}
+        select = {mask: self.signals.places(mask, demand[o]) for o in want if (mask := o.partition("@")[2])}
+        hidden = None
         if node.mask is not None:
-            mask = self._mask(node.mask)[:, :rows].transpose(0, 1).flatten(0, 1)  # (K, R, N) -> (R*K, N)
+            hidden = (
+                self.signals.mask(node.mask)[:, :rows].transpose(0, 1).flatten(0, 1)
+            )  # (K, R, N) -> (R*K, N)
+        keys = {
+            "want": want, "mask": hidden, "select": select, "drop": node.drop, "clock": self._clock("encoder", node, crops)
+        }  # fmt: skip
 
         def call(signal: Tensor) -> Mapping[str, Tensor]:
-            with self._mode(module, node):
-                keys = {"want": want, "mask": mask, "select": select, "drop": node.drop}
-                return _run(module, node.through, signal, clock=self._clock("encoder", node, crops), **keys)
+            with _mode(module, node):
+                return _run(module, node, signal, **keys)
 
-        found = self.hooks.vtp_encode(call=call, x=x) if self.hooks is not None else call(x)
-        return self._completed(dict(found), want, select, node)
-
-    def _places(self, mask: str, rows: int) -> Tensor:
-        """Flat places (r*K + k)*N + n of the masked tokens, in the order of ``patches[mask]``; (M,)."""
-        shown = self.inputs.masks[mask][:, :rows]
-        crops, _, tokens = shown.shape
-        k, r, n = shown.nonzero().unbind(1)
-        return ((r * crops + k) * tokens + n).to(self.clock.device)
-
-    def _completed(
-        self, found: dict[str, Any], want: Mapping[str, int], select: Mapping[str, Tensor], node: Node
-    ) -> dict[str, Any]:
-        """An encoder may leave the gathering of masked places to the engine."""
+        found = dict(self.hooks.vtp_encode(call=call, x=x) if self.hooks is not None else call(x))
         for output in want:
-            base, at, place = output.partition("@")
-            if output not in found and at and base in found:
-                found[output] = found[base].flatten(0, 1)[select[place]]  # (B, N, D) -> (M, D)
-            if output not in found:
-                raise StackFault(f"{node} gives no {output!r}; it gives {', '.join(sorted(found))}")
+            base, at, mask = output.partition("@")
+            if (
+                at and output not in found and base in found
+            ):  # an encoder may leave the gathering to the engine
+                found[output] = found[base].flatten(0, 1)[select[mask]]  # (B, N, D) -> (M, D)
         return found
 
     def _bottleneck(self, node: Node) -> dict[str, Any]:
-        crops = self._crops(node.view)
-        chain = self.ema["bottleneck"] if node.source == "ema" else self.model.bottleneck
-        assert chain is not None
-        clock = self._clock(f"bottleneck/{node.draw}", node, crops)
-        found: dict[str, Any] = {}
+        chain = _present(self.ema.get("bottleneck") if node.source == "ema" else self.model.bottleneck, node)
         demand = self.plan.demands[node].rows
-        with self._mode(chain, node):
-            whole = [o for o in demand if "@" not in o and o != "latent.cls"]
+        whole = [output for output in demand if "@" not in output and output != "latent.cls"]
+        found: dict[str, Any] = {}
+        with _mode(chain, node):
             if whole:
-                tokens = self._read(node, "patches")[: max(demand[o] for o in whole) * crops]
-                found |= _run(chain, node.through, tokens, clock)
-            for output in set(demand) - set(whole):
-                source = "cls" if output == "latent.cls" else f"patches@{output.partition('@')[2]}"
-                tokens = self._read(node, source)
-                if source == "cls":
-                    tokens = tokens[: demand[output] * crops]
-                found[output] = _run(chain, node.through, tokens[:, None], None)["latent"][:, 0]
+                clock = self._clock(f"bottleneck/{node.draw}", node, self.signals.crops(node.view))
+                found |= _run(chain, node, self._read(node, "patches")[: self._rows(node, whole)], clock)
+            if "latent.cls" in demand:
+                tokens = self._read(node, "cls")[: self._rows(node, ["latent.cls"])]
+                found["latent.cls"] = self._single(chain, node, tokens)["latent"]
+            for output in demand:
+                base, at, mask = output.partition("@")
+                if at:
+                    tokens = self._masked(node, mask, demand[output])
+                    found[output] = self._single(chain, node, tokens)[base]
         return found
 
-    def _decode(self, node: Node) -> dict[str, Any]:
-        demand, crops = self.plan.demands[node].rows, self._crops(node.view)
+    def _single(self, chain: nn.Module, node: Node, tokens: Tensor) -> dict[str, Tensor]:
+        """The chain on separate tokens (M, D), without randomness; (M, C)."""
+        made = _run(chain, node, tokens[:, None], None)  # (M, D) -> (M, 1, D)
+        return {
+            name: value[:, 0] for name, value in made.items() if isinstance(value, Tensor)
+        }  # (M, 1, C) -> (M, C)
+
+    def _masked(self, node: Node, mask: str, rows: int) -> Tensor:
+        """Features at the masked places of the first rows, (M, D)."""
         assert node.reads is not None
-        source = "latent" if node.reads.kind == "input" else "carried"
-        tokens = self._read(node, source)[: max(demand.values()) * crops]
-        z = _grid(tokens, self._latent_grid(node))
-        decoder = self.model.decoder
-        if decoder is None:
-            raise StackFault("an objective reads 'decoded', but the stack has no decoder; write decoder: {use: vit_pixels}")
+        output = f"patches@{mask}"
+        most = self.plan.demands[node.reads].rows[output]
+        tokens: Tensor = self._read(node, output)
+        return tokens if most == rows else tokens[self.signals.within(mask, most, rows)]
+
+    def _decode(self, node: Node) -> dict[str, Any]:
+        decoder = _present(self.model.decoder, node)
+        z = _grid(self._read(node, "carried")[: self._rows(node)], self.signals.grid(node.view))
+        want = frozenset(self.plan.demands[node].rows)
+        clock = self._clock("decoder", node, self.signals.crops(node.view))
 
         def call(latent: Tensor) -> Mapping[str, Tensor]:
-            with self._mode(decoder, node):
-                clock = self._clock("decoder", node, crops)
-                return _run(decoder, node.through, latent, want=frozenset(demand), clock=clock)
+            with _mode(decoder, node):
+                return _run(decoder, node, latent, want=want, clock=clock)
 
         return dict(self.hooks.vtp_decode(call=call, z=z) if self.hooks is not None else call(z))
 
-    def _latent_grid(self, node: Node) -> tuple[int, ...]:
-        return self.grid(node.view) if node.view in self.inputs.views else self.model.spec.grid
-
     def _generate(self, node: Node) -> dict[str, Any]:
-        generator, path, demand = self.model.generator, self.model.path, self.plan.demands[node].rows
-        if generator is None:
-            raise StackFault("an objective reads a generator's output, but the stack has no generator")
-        assert node.reads is not None
-        crops = self._crops(node.view) if node.reads.kind != "input" else 1
-        rows = max(demand.values()) * crops
-        x = self.standardise(_grid(self._read(node, "latent")[:rows], self._latent_grid(node)))
-        clock = self._clock(f"generator/{node.draw}", node, crops)
-        known: dict[str, Any] = {}
-        fed, u = x, None
+        generator, path = _present(self.model.generator, node), self.model.path
+        rows = self._rows(node)
+        x = self.model.standardise(_grid(self._read(node, "latent")[:rows], self.signals.grid(node.view)))
+        clock = self._clock(f"generator/{node.draw}", node, self.signals.crops(node.view))
+        fed, u, known = x, None, {"target": x}
         if path is not None:
             u = path.draw("u", rows, clock).to(x.dtype)
             noise = clock.normal("noise", *x.shape).to(x.dtype)
             fed = path.mix(x, noise, u)
             known = {"u": u, "noised": fed, "target": path.target(x, noise, u)}
-        else:
-            known = {"target": x}
-        asked = frozenset(o for o in demand if o not in known)
+        asked = frozenset(self.plan.demands[node].rows) - frozenset(known)
         if asked:
-            with self._mode(generator, node):
-                known |= _run(generator, node.through, fed, u, self._condition(rows, crops, clock), asked)
+            with _mode(generator, node):
+                known |= _run(generator, node, fed, u, self._condition(node, rows, clock), asked)
         return known
 
-    def _condition(self, rows: int, crops: int, clock: StepClock) -> Any:
-        """The conditioning field, with a share of rows turned into the null class (index ``classes``)."""
-        if self.model.condition is None:
+    def _condition(self, node: Node, rows: int, clock: StepClock) -> Any:
+        """The conditioning field; in training a share of rows sees the null class (index ``classes``)."""
+        name, rate = self.model.condition, self.model.drop_condition
+        if name is None:
             return None
-        labels = self.inputs.fields[self.model.condition]
-        labels = labels.to(self.clock.device)[: rows // crops].repeat_interleave(crops, 0)
-        if self.model.drop_condition == 0:
-            return labels
-        dropped = clock.uniform("drop_condition", rows) < self.model.drop_condition
-        return torch.where(dropped, torch.full_like(labels, self.model.spec.classes), labels)
-
-    def standardise(self, z: Tensor) -> Tensor:
-        """Raw latents (B, C, *grid) as generators see them."""
-        if not self.model.statistics:
-            return z
-        shape = (1, -1, *([1] * (z.ndim - 2)))
-        mean, std = (self.model.statistics[k].to(z).view(shape) for k in ("mean", "std"))
-        return (z - mean) / std
+        crops = self.signals.crops(node.view)
+        given = self.signals.field(name) if name in self.signals.inputs.fields else self.signals.signal(name)
+        if not isinstance(given, Tensor):
+            return [value for value in given[: rows // crops] for _ in range(crops)]
+        given = given[: rows // crops].repeat_interleave(crops, 0)  # (R, ...) -> (R*K, ...)
+        if rate == 0 or node.mode == "eval":
+            return given
+        if given.is_floating_point() or given.ndim > 1:
+            raise StackFault(f"generator.drop_condition: {name!r} is no label; only labels have a null class")
+        dropped = clock.uniform("drop_condition", rows) < rate
+        return torch.where(dropped, self.model.spec.classes, given)
 
     def _teach(self, node: Node) -> dict[str, Any]:
-        demand, crops = self.plan.demands[node].rows, self._crops(node.view)
-        teacher = self.model.teachers[node.source.partition(":")[2]]
-        x = self.model.modality.to_display(self.signal(node.view)[: max(demand.values()) * crops])
-        return dict(teacher(x, want=frozenset(demand)))
-
-    # ---- context of a forward
+        name = node.source.partition(":")[2]
+        x = self.model.modality.to_display(self.signals.signal(node.view)[: self._rows(node)])
+        return dict(self.model.teachers[name](x, want=frozenset(self.plan.demands[node].rows)))
 
     def _clock(self, what: str, node: Node, crops: int) -> StepClock:
+        """Draws of a module on a view: the same for every node that runs it there under one draw name."""
         return self.clock.of(f"{what}/{node.view}/{node.source}/{node.mask}", crops)
 
-    @contextlib.contextmanager
-    def _mode(self, module: nn.Module, node: Node) -> Iterator[None]:
-        """Train or eval for this forward only; EMA copies are always in eval mode."""
-        wanted = node.mode == "train" and node.source != "ema"
-        before = module.training
+
+@contextlib.contextmanager
+def _mode(module: nn.Module, node: Node) -> Iterator[None]:
+    """Train or eval for this forward only."""
+    wanted, before = node.mode == "train", module.training
+    if before != wanted:
+        module.train(wanted)
+    try:
+        yield
+    finally:
         if before != wanted:
-            module.train(wanted)
-        try:
-            yield
-        finally:
-            if before != wanted:
-                module.train(before)
-
-    def release(self, keep: frozenset[Node]) -> None:
-        """Forget nodes nobody reads any more, and detach those that a later stage reads."""
-        for node in list(self.values):
-            if node not in keep:
-                del self.values[node]
-            else:
-                self.values[node] = {k: _detached(v) for k, v in self.values[node].items()}
+            module.train(before)
 
 
-def _run(module: nn.Module, through: bool, *args: Any, **keys: Any) -> Mapping[str, Any]:
+def _present(module: nn.Module | None, node: Node) -> nn.Module:
+    if module is None:
+        what = node.module if node.source == "student" else f"{node.source} {node.module}"
+        raise StackFault(f"an objective reads what {node} gives, but the stack has no {what}")
+    return module
+
+
+def _run(module: nn.Module, node: Node, *args: Any, **keys: Any) -> Mapping[str, Any]:
     """Call a module; ``through`` lets gradient pass to its inputs and keeps it from its parameters."""
-    found: Mapping[str, Any]
-    if through:
+    if node.through:
         frozen = {name: parameter.detach() for name, parameter in module.named_parameters()}
         found = torch.func.functional_call(module, frozen, args, keys)
     else:
         found = module(*args, **keys)
+    if not isinstance(found, Mapping):
+        raise PluginFault(
+            f"{type(module).__name__}: forward returns outputs by name, not {type(found).__name__}"
+        )
     return found
 
 
-def _detached(value: Any) -> Any:
+def detached(value: Any) -> Any:
+    """The value without its graph; tuples by part."""
     if isinstance(value, tuple):
-        return tuple(_detached(part) for part in value)
+        return tuple(detached(part) for part in value)
     return value.detach() if isinstance(value, Tensor) else value
 
 

@@ -41,6 +41,10 @@ def manager_of(plugins: Mapping[str, Any]) -> pluggy.PluginManager:
         for attribute in dir(plugin):
             if attribute.startswith("vtp_") and attribute not in known:
                 raise PluginFault(f"hooks.{name}: no hook {attribute!r}{suggestion(attribute, known)}")
+            if attribute.startswith("vtp_") and not hasattr(getattr(plugin, attribute), "vtp_impl"):
+                raise PluginFault(
+                    f"hooks.{name}: {attribute} would never be called; decorate it with @hookimpl"
+                )
         try:
             manager.register(plugin, name)
         except pluggy.PluginValidationError as error:

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
+from fractions import Fraction
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from vtp_core.build import Model
 from vtp_core.clock import StepClock
 from vtp_core.critics import critic_parameters
 from vtp_core.errors import PluginFault, StackFault, suggestion
-from vtp_core.forwards import Inputs
-from vtp_core.options import Optim
-from vtp_core.planner import Reader
+from vtp_core.inputs import Inputs
+from vtp_core.options import Optim, steps_of
+from vtp_core.planner import Plan, Reader, family, plan
 from vtp_plugins.needs import Need
+from vtp_plugins.objective import AdversarialObjective
 
 
 class Layout:
@@ -33,33 +37,44 @@ class Layout:
     """
 
     def __init__(
-        self, model: Model, batch_size: int, world: int = 1, accumulate: int = 1, provided: frozenset[str] = frozenset()
+        self,
+        model: Model,
+        batch_size: int,
+        world: int = 1,
+        accumulate: int = 1,
+        provided: frozenset[str] = frozenset(),
     ) -> None:
         self.model, self.batch_size, self.world, self.accumulate = model, batch_size, world, accumulate
         self.provided = provided
         self.rows = {name: self._rows(name) for name in model.objectives}
         self.samplers = self._samplers()
         needs = [need for objective in model.objectives.values() for need in objective.needs.values()]
-        self.fields = frozenset(need.view for need in needs if need.view not in model.views) | self._condition()
+        condition = {model.condition} if model.condition else set()
+        raw = {need.view for need in needs} | condition
+        self.fields = frozenset(raw - set(model.views)) | provided
         self.crop_free = frozenset(name for name, view in model.views.items() if view.crops is None)
-        self._check(needs)
+        self._check()
         self.optim = {owner: self._optim(owner) for owner in model.modules()}
-
-    def _condition(self) -> frozenset[str]:
-        return frozenset({self.model.condition} if self.model.condition else ()) | self.provided
 
     def _rows(self, name: str) -> int:
         """Rows of one micro-batch of one process that an objective reads."""
-        share, parts = self.model.settings[name].rows, self.world * self.accumulate
+        share, parts = self._share(name), self.world * self.accumulate
         rows = share * self.batch_size
-        if abs(rows - round(rows)) > 1e-6 or round(rows) % parts:
-            low = max(parts, int(rows) // parts * parts)
-            near = sorted({round(low / share), round((low + parts) / share)})
+        if rows % parts or self.batch_size % parts:
+            shares = [self._share(other) for other in self.model.objectives]
+            step = math.lcm(
+                parts, *((parts / s).numerator for s in shares)
+            )  # parts divides share x every multiple
+            near = sorted({max(self.batch_size // step, 1) * step, (self.batch_size // step + 1) * step})
             raise StackFault(
-                f"objectives.{name}.rows: {share} x batch_size {self.batch_size} = {rows:g} rows do not divide by "
-                f"{self.world} processes x {self.accumulate} micro-batches; use data.batch_size={near[0]} or {near[-1]}"
+                f"objectives.{name}.rows: {float(share):g} x data.batch_size {self.batch_size} = {float(rows):g} rows, which "
+                f"do not divide by {self.world} processes x {self.accumulate} micro-batches; "
+                f"use data.batch_size={' or '.join(map(str, near))}"
             )
-        return round(rows) // parts
+        return int(rows) // parts
+
+    def _share(self, name: str) -> Fraction:
+        return Fraction(self.model.settings[name].rows).limit_denominator(1_000_000)
 
     def _samplers(self) -> dict[str, Any]:
         """Mask samplers by name; equal definitions merge."""
@@ -69,33 +84,87 @@ class Layout:
             for mask, sampler in objective.masks.items():
                 if mask in found and found[mask] != sampler:
                     raise StackFault(
-                        f"mask {mask!r} is defined differently by objectives.{owners[mask]} and objectives.{name}"
+                        f"mask {mask!r} is defined differently by objectives.{owners[mask]} and objectives.{name}; "
+                        "give both the same options"
                     )
                 found[mask] = sampler
                 owners.setdefault(mask, name)
         return found
 
-    def _check(self, needs: list[Need]) -> None:
+    # ---- checks
+
+    def _check(self) -> None:
         for name, objective in self.model.objectives.items():
+            key = f"objectives.{name}"
+            if not objective.needs:
+                raise PluginFault(f"{key}: {type(objective).__name__} declares no needs")
             if objective.coupled and self.accumulate > 1:
                 raise StackFault(
-                    f"objectives.{name} couples the rows of a batch, so train.accumulate={self.accumulate} would change "
+                    f"{key} couples the rows of a batch, so train.accumulate={self.accumulate} would change "
                     "its loss; use train.accumulate=1 and more processes"
                 )
-            keys = self.model.settings[name]
-            if keys.balance is not None and keys.balance.against not in self.model.objectives:
-                against = keys.balance.against
+            self._check_balance(name)
+            self._check_critic(name)
+            for need in objective.needs.values():
+                self._check_need(key, need)
+
+    def _check_need(self, key: str, need: Need) -> None:
+        masks = {output.partition("@")[2] for output in need.want if "@" in output}
+        masks |= {need.mask} if need.mask is not None and need.mask != "any" else set()
+        for mask in sorted(masks):
+            if mask not in self.samplers:
                 raise StackFault(
-                    f"objectives.{name}.balance.against: no {against!r}{suggestion(against, self.model.objectives)}"
+                    f"{key}: no objective brings a mask {mask!r}{suggestion(mask, self.samplers)}"
                 )
-        for need in needs:
-            masks = {o.partition("@")[2] for o in need.want if "@" in o}
-            masks |= {need.mask} if need.mask not in {None, "any"} else set()
-            for mask in masks:
-                if mask not in self.samplers:
-                    raise StackFault(f"no mask sampler {mask!r}{suggestion(str(mask), self.samplers)}")
-            if need.source.startswith("teacher:") and need.source[8:] not in self.model.teachers:
-                raise StackFault(f"no {need.source[8:]!r} under teachers{suggestion(need.source[8:], self.model.teachers)}")
+        teachers = self.model.teachers
+        if need.source.startswith("teacher:") and need.source[8:] not in teachers:
+            raise StackFault(
+                f"{key}: no {need.source[8:]!r} under 'teachers'{suggestion(need.source[8:], teachers)}"
+            )
+        supplied = need.view in self.provided or "latent" in self.provided
+        kinds = {family(output) for output in need.want} - {"input"}
+        if kinds and need.view not in self.model.views and not (supplied and not kinds & {"cls", "patches"}):
+            raise StackFault(f"{key}: no view {need.view!r}{suggestion(need.view, self.model.views)}")
+
+    def _check_balance(self, name: str) -> None:
+        """The reference must exist, weigh by itself, and be active whenever the balanced objective is."""
+        keys, steps = self.model.settings[name], self.model.stack.train.steps
+        if keys.balance is None:
+            return
+        key, against = f"objectives.{name}.balance.against", keys.balance.against
+        if against not in self.model.objectives or against == name:
+            raise StackFault(
+                f"{key}: no other objective {against!r}{suggestion(against, set(self.model.objectives) - {name})}"
+            )
+        other = self.model.settings[against]
+        if other.balance is not None:
+            raise StackFault(
+                f"{key}: {against!r} is balanced itself; name an objective whose weight is fixed"
+            )
+        first, first_other = steps_of(keys.start, steps), steps_of(other.start, steps)
+        last, last_other = (steps if k.stop is None else steps_of(k.stop, steps) for k in (keys, other))
+        in_time = first >= first_other and min(last, steps) <= last_other
+        if not in_time or keys.every % other.every or (first - first_other) % other.every:
+            raise StackFault(
+                f"{key}: {against!r} rests at steps when {name!r} is active; align start, stop and every"
+            )
+
+    def _check_critic(self, name: str) -> None:
+        keys, adversarial = (
+            self.model.settings[name],
+            isinstance(self.model.objectives[name], AdversarialObjective),
+        )
+        if not adversarial and "critic" in keys.model_fields_set:
+            raise StackFault(
+                f"objectives.{name}.critic: {type(self.model.objectives[name]).__name__} has no critic"
+            )
+        if adversarial and keys.critic.order == "before":
+            if self.accumulate > 1:
+                raise StackFault(
+                    f"objectives.{name}.critic: order 'before' needs train.accumulate=1: the critic moves first"
+                )
+            if keys.critic.input == "fresh":
+                raise StackFault(f"objectives.{name}.critic: input 'fresh' goes with order 'after'")
 
     # ---- parameters
 
@@ -116,35 +185,48 @@ class Layout:
     def _optim(self, owner: str) -> Optim:
         """``train.optim``, where keys written at the component win."""
         stack = self.model.stack
+        node: Any = stack.config.get(owner)
         if owner in self.model.objectives:
             node = stack.section("objectives")[owner]
         elif owner.startswith("modules/"):
-            node = stack.section("modules")[owner[8:]]
-        else:
-            node = stack.config.get(owner)  # type: ignore[assignment]
+            node = stack.section("modules")[owner.removeprefix("modules/")]
         written = node.get("optim") if isinstance(node, Mapping) else None
         return Optim.model_validate({**stack.train.optim.model_dump(), **(written or {})})
 
     # ---- rows
 
-    def readers(self, names: tuple[str, ...]) -> list[Reader]:
-        """Active objectives as the planner sees them."""
-        return [self.reader(name, self.model.objectives[name].needs, names) for name in names]
+    def readers(self, names: tuple[str, ...], watchers: frozenset[str] = frozenset()) -> list[Reader]:
+        """Active objectives as the planner sees them; of watchers only the critic is active."""
+        return [
+            self.reader(name, self.model.objectives[name].needs, names, name not in watchers)
+            for name in names
+        ]
 
-    def reader(self, name: str, needs: Mapping[str, Need], names: tuple[str, ...]) -> Reader:
+    def reader(
+        self, name: str, needs: Mapping[str, Need], names: tuple[str, ...], learns: bool = True
+    ) -> Reader:
         """One objective with given needs."""
         keys = self.model.settings[name]
-        against = keys.balance.against if keys.balance is not None and keys.balance.against in names else None
-        return Reader(name, needs, self.rows[name], keys.repeat, against)
+        against = (
+            keys.balance.against
+            if keys.balance is not None and learns and keys.balance.against in names
+            else None
+        )
+        return Reader(name, needs, self.rows[name], keys.repeat, against, learns)
 
     def rows_by_view(self) -> dict[str, int]:
         """Rows of this process's whole batch to make, by view and raw field, over all objectives."""
         rows: dict[str, int] = {}
         for name, objective in self.model.objectives.items():
-            for need in objective.needs.values():
-                rows[need.view] = max(rows.get(need.view, 0), self.rows[name] * self.accumulate)
-        for field in self._condition():
-            rows[field] = max(rows.values(), default=0)
+            alone = plan(
+                [self.reader(name, objective.needs, (name,))], fields=self.fields, provided=self.provided
+            )
+            for node in alone.demands:
+                if node.reads is None:
+                    rows[node.view] = max(rows.get(node.view, 0), self.rows[name] * self.accumulate)
+                if node.kind == "generate" and self.model.condition:
+                    field = self.model.condition
+                    rows[field] = max(rows.get(field, 0), self.rows[name] * self.accumulate)
         return rows
 
     def micro(self, inputs: Inputs, index: int) -> Inputs:
@@ -155,21 +237,29 @@ class Layout:
         views = {name: view[step] for name, view in inputs.views.items()}
         return Inputs(views, {name: values[step] for name, values in inputs.fields.items()})
 
-    def masks(self, inputs: Inputs, clock: StepClock) -> dict[str, Tensor]:
-        """Masks of this micro-batch, (K, R, N) bool on the CPU, by sampler."""
+    def masks(self, inputs: Inputs, clock: StepClock, step_plan: Plan | None = None) -> dict[str, Tensor]:
+        """Masks of this micro-batch, (K, R, N) bool on the CPU, by sampler: all, or those that a plan reads."""
         found = {}
         for name, sampler in self.samplers.items():
             view = inputs.views.get(sampler.view)
-            if view is not None:
-                grid = tuple(s // p for s, p in zip(view.shape[3:], self.model.spec.patch, strict=True))
-                found[name] = sampler(view.shape[1], view.shape[0], grid, clock.of(f"mask/{name}"))
+            if view is None or (step_plan is not None and name not in step_plan.masks):
+                continue
+            grid = tuple(s // p for s, p in zip(view.shape[3:], self.model.spec.patch, strict=True))
+            mask = sampler(view.shape[1], view.shape[0], grid, clock.of(f"mask/{name}"))
+            if mask.shape != (view.shape[1], view.shape[0], math.prod(grid)) or mask.dtype != torch.bool:
+                raise PluginFault(
+                    f"mask {name!r}: a bool tensor (K, R, N) = {(view.shape[1], view.shape[0], math.prod(grid))} is "
+                    f"wanted, not {mask.dtype} {tuple(mask.shape)}"
+                )
+            found[name] = mask
         return found
 
 
-def checked_terms(name: str, terms: Any) -> dict[str, Tensor]:
+def checked_terms(name: str, terms: Any, method: str = "forward") -> dict[str, Tensor]:
     """What an objective returned, if it keeps the contract."""
     if not isinstance(terms, dict) or not terms:
-        raise PluginFault(f"objectives.{name}: forward() returns a dict of scalars by term, not {type(terms).__name__}")
+        found = "an empty dict" if isinstance(terms, dict) else type(terms).__name__
+        raise PluginFault(f"objectives.{name}: {method}() returns a dict of scalars by term, not {found}")
     for term, value in terms.items():
         if not isinstance(value, Tensor) or value.ndim != 0:
             shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__

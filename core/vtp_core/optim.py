@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vtp_core.errors import StackFault
 from vtp_core.options import Optim, steps_of
 
 _OPTIMIZERS: dict[str, Any] = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam, "sgd": torch.optim.SGD}
@@ -44,7 +45,9 @@ class Optimizers:
         self.steps = steps
         self.settings = settings
         self.owners = {owner: list(named.values()) for owner, named in owners.items() if named}
-        self._names = {id(p): f"{owner}.{name}" for owner, named in owners.items() for name, p in named.items()}
+        self._names = {
+            id(p): f"{owner}.{name}" for owner, named in owners.items() for name, p in named.items()
+        }
         groups: dict[str, list[dict[str, Any]]] = {}
         for owner, named in owners.items():
             if named:
@@ -81,24 +84,42 @@ class Optimizers:
                 found[owner] = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))
         return found
 
+    @torch.no_grad()
+    def clip(self, norms: Mapping[str, Tensor], limit: float | None) -> None:
+        """Scale all gradients together so that their norm is at most ``limit``; ``norms`` are by owner."""
+        if limit is None or not norms:
+            return
+        whole = torch.linalg.vector_norm(torch.stack(list(norms.values())))
+        grads = [p.grad for p in self.parameters() if p.grad is not None]
+        torch._foreach_mul_(grads, (limit / (whole + 1e-6)).clamp(max=1.0).to(grads[0].dtype))
+
     def state(self) -> dict[str, Tensor]:
         """Optimizer tensors by ``use/owner.parameter/entry``."""
         tensors = {}
         for use, optimizer in self.optimizers.items():
             for parameter, entries in optimizer.state.items():
                 for entry, value in entries.items():
-                    tensors[f"{use}/{self._names[id(parameter)]}/{entry}"] = torch.as_tensor(value)
+                    if value is not None:
+                        tensors[f"{use}/{self._names[id(parameter)]}/{entry}"] = torch.as_tensor(value)
         return tensors
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """The inverse of :meth:`state`."""
-        by_name = {name: key for key, name in self._names.items()}
-        parameters = {id(p): p for p in self.parameters()}
+        """The inverse of :meth:`state`; what was there before goes.
+
+        Raises:
+            StackFault: the tensors are of other optimizers or parameters.
+        """
+        parameters = {self._names[id(p)]: p for p in self.parameters()}
+        for optimizer in self.optimizers.values():
+            optimizer.state.clear()
         for key, value in tensors.items():
-            use, name, entry = key.split("/")[0], "/".join(key.split("/")[1:-1]), key.split("/")[-1]
-            parameter = parameters[by_name[name]]
-            target = value.clone() if entry == "step" else value.to(parameter.device).clone()
-            self.optimizers[use].state[parameter][entry] = target
+            use, _, rest = key.partition("/")
+            name, _, entry = rest.rpartition("/")
+            if use not in self.optimizers or name not in parameters:
+                raise StackFault(
+                    f"the checkpoint has optimizer state {key!r}, which the stack does not train"
+                )
+            self.optimizers[use].state[parameters[name]][entry] = value.to(parameters[name].device, copy=True)
 
 
 def _groups(owner: str, named: Mapping[str, nn.Parameter], optim: Optim) -> Iterable[dict[str, Any]]:
@@ -107,7 +128,12 @@ def _groups(owner: str, named: Mapping[str, nn.Parameter], optim: Optim) -> Iter
     spared = [p for n, p in named.items() if p.ndim <= 1 or n.endswith(_UNDECAYED)]
     for parameters, decay in ((decayed, optim.weight_decay), (spared, 0.0)):
         if parameters:
-            group: dict[str, Any] = {"params": parameters, "owner": owner, "lr": optim.lr, "weight_decay": decay}
+            group: dict[str, Any] = {
+                "params": parameters,
+                "owner": owner,
+                "lr": optim.lr,
+                "weight_decay": decay,
+            }
             if optim.use != "sgd":
                 group |= {"betas": optim.betas, "eps": optim.eps}
             else:
@@ -118,5 +144,7 @@ def _groups(owner: str, named: Mapping[str, nn.Parameter], optim: Optim) -> Iter
 def _optimizer(use: str, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
     dtypes = {p.dtype for group in groups for p in group["params"]}
     fused = dtypes <= {torch.float32, torch.float64} and use != "sgd"
-    optimizer: torch.optim.Optimizer = _OPTIMIZERS[use](groups, fused=fused) if fused else _OPTIMIZERS[use](groups)
+    optimizer: torch.optim.Optimizer = (
+        _OPTIMIZERS[use](groups, fused=fused) if fused else _OPTIMIZERS[use](groups)
+    )
     return optimizer

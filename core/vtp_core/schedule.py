@@ -24,21 +24,24 @@ def ramp(keys: Objective, step: int, steps: int) -> float:
     return 1.0 if past >= warmup else (past + 1) / warmup
 
 
-def weighted(name: str, keys: Objective, terms: Mapping[str, Tensor]) -> Tensor:
-    """Sum of an objective's terms by its weights, before warm-up and balance.
+def scale(keys: Objective) -> float:
+    """The weight of all terms together; weights written by term are in :func:`combined`."""
+    return 1.0 if isinstance(keys.weight, dict) else keys.weight
+
+
+def combined(name: str, keys: Objective, terms: Mapping[str, Tensor]) -> Tensor:
+    """Sum of an objective's terms, each by its own weight where the stack writes one.
 
     Raises:
         StackFault: a weight is written for a term that the objective does not have.
     """
-    if isinstance(keys.weight, dict):
-        for term in keys.weight:
-            if term not in terms:
-                raise StackFault(f"objectives.{name}.weight: no term {term!r}{suggestion(term, terms)}")
-        parts = [keys.weight.get(term, 1.0) * value for term, value in terms.items()]
-        scale = 1.0
-    else:
-        parts, scale = list(terms.values()), keys.weight
-    total = parts[0]
-    for part in parts[1:]:
-        total = total + part
-    return total * scale
+    weights = keys.weight if isinstance(keys.weight, dict) else {}
+    for term in weights:
+        if term not in terms:
+            raise StackFault(f"objectives.{name}.weight: no term {term!r}{suggestion(term, terms)}")
+    total: Tensor | None = None
+    for term, value in terms.items():
+        part = value * weights[term] if term in weights else value
+        total = part if total is None else total + part
+    assert total is not None, "checked_terms refuses an empty dict"
+    return total

@@ -106,6 +106,8 @@ def load_run_stack(run: Path, registry: Registry, overrides: Iterable[str] = (),
     record = run / "run.json"
     name = json.loads(record.read_text(encoding="utf-8")).get("name") if record.is_file() else None
     tree = _override(_read(file), list(overrides))
+    if check and "***" in file.read_text(encoding="utf-8") and "***" in json.dumps(tree):
+        raise StackFault(f"{file} has a masked secret (***); start from your own stack file, or override that key")
     return (check_stack if check else Stack)(str(name or run.name), tree, registry)
 
 

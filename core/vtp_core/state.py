@@ -8,31 +8,36 @@ from torch import Tensor, nn
 
 from vtp_core.build import Model
 from vtp_core.errors import PluginFault, StackFault
+from vtp_core.planner import LATENT, family
 from vtp_core.teacher import EMATeacher
 
 Parts = Mapping[str, Mapping[str, Tensor]]
 
 
 def module_state(model: Model) -> dict[str, dict[str, Tensor]]:
-    """``tokenizer``, ``generator``, ``modules/<name>``, ``objectives/<name>``: the tokenizer stands alone."""
+    """``tokenizer``, ``generator``, ``modules/<name>``, ``objectives/<name>``: a module with several users is saved once."""
     tokenizer: dict[str, Tensor] = {}
     for name, module in model.tokenizer_modules().items():
         tokenizer |= {f"{name}.{key}": value for key, value in module.state_dict().items()}
     parts = {"tokenizer": tokenizer}
-    if model.generator is not None:
-        parts["generator"] = dict(model.generator.state_dict())
-    parts |= {f"modules/{name}": dict(module.state_dict()) for name, module in model.shared.items()}
-    for name, objective in model.objectives.items():
-        shared = shared_keys(model, objective)
-        state = objective.state_dict().items()
-        parts[f"objectives/{name}"] = {key: value for key, value in state if not key.startswith(shared)}
+    for name, module in _others(model).items():
+        shared = shared_keys(model, module)
+        parts[name] = {key: value for key, value in module.state_dict().items() if not key.startswith(shared)}
     return parts
 
 
-def shared_keys(model: Model, objective: nn.Module) -> tuple[str, ...]:
-    """Prefixes of an objective's keys that belong to the stack's ``modules``."""
-    ids = {id(module) for module in model.shared.values()}
-    return tuple(f"{name}." for name, module in objective.named_children() if id(module) in ids)
+def _others(model: Model) -> dict[str, nn.Module]:
+    """Modules beside the tokenizer, by checkpoint part."""
+    named = {} if model.generator is None else {"generator": model.generator}
+    named |= {f"modules/{name}": module for name, module in model.shared.items()}
+    return named | {f"objectives/{name}": objective for name, objective in model.objectives.items()}
+
+
+def shared_keys(model: Model, module: nn.Module) -> tuple[str, ...]:
+    """Prefixes of a module's keys that another part saves: of the tokenizer and of the stack's ``modules``."""
+    owned = {id(m) for m in (*model.tokenizer_modules().values(), *model.shared.values()) if m is not module}
+    inner = module.named_modules(remove_duplicate=False)
+    return tuple(f"{name}." for name, child in inner if name and id(child) in owned)
 
 
 def load_modules(model: Model, parts: Parts) -> None:
@@ -41,29 +46,28 @@ def load_modules(model: Model, parts: Parts) -> None:
     Raises:
         StackFault: keys or shapes differ from the stack's modules.
     """
-    load_tokenizer(model, parts["tokenizer"])
-    if model.generator is not None:
-        _load(model.generator, parts["generator"], "generator")
-    for name, module in model.shared.items():
-        _load(module, parts[f"modules/{name}"], f"modules/{name}")
-    for name, objective in model.objectives.items():
-        shared = shared_keys(model, objective)
-        missing, unexpected = objective.load_state_dict(dict(parts[f"objectives/{name}"]), strict=False)
+    load_tokenizer(model, parts.get("tokenizer", {}))
+    for name, module in _others(model).items():
+        shared = shared_keys(model, module)
+        missing, unexpected = _fill(module, parts.get(name, {}), name, strict=False)
         missing = [key for key in missing if not key.startswith(shared)]
         if missing or unexpected:
-            raise StackFault(f"objectives.{name}: missing {missing}, unexpected {list(unexpected)} in the checkpoint")
+            raise StackFault(f"{name}: missing {missing}, unexpected {unexpected} in the checkpoint")
 
 
 def load_tokenizer(model: Model, tensors: Mapping[str, Tensor]) -> None:
     """Encoder, bottleneck and decoder from one part; strict."""
     for name, module in model.tokenizer_modules().items():
         prefix = f"{name}."
-        _load(module, {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}, name)
+        _fill(module, {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}, name)
 
 
-def _load(module: nn.Module, tensors: Mapping[str, Tensor], where: str) -> None:
+def _fill(
+    module: nn.Module, tensors: Mapping[str, Tensor], where: str, strict: bool = True
+) -> tuple[list[str], list[str]]:
     try:
-        module.load_state_dict(dict(tensors), strict=True)
+        found = module.load_state_dict(dict(tensors), strict=strict)
+        return list(found.missing_keys), list(found.unexpected_keys)
     except RuntimeError as error:
         lines = str(error).splitlines()[:20]
         raise StackFault(f"{where}: the weights do not fit the stack:\n" + "\n".join(lines)) from error
@@ -72,10 +76,11 @@ def _load(module: nn.Module, tensors: Mapping[str, Tensor], where: str) -> None:
 def shadowed(model: Model) -> dict[str, nn.Module]:
     """Modules that need an EMA copy: the encoder and bottleneck if a need reads ``ema``, and every ``shadow``."""
     found: dict[str, nn.Module] = {}
-    wants = [o for ob in model.objectives.values() for n in ob.needs.values() if n.source == "ema" for o in n.want]
+    needs = [need for objective in model.objectives.values() for need in objective.needs.values()]
+    wants = {family(output) for need in needs if need.source == "ema" for output in need.want}
     if wants and model.encoder is not None:
         found["encoder"] = model.encoder
-    if any(o.startswith("latent") or o == "posterior" for o in wants) and model.bottleneck is not None:
+    if wants & LATENT and model.bottleneck is not None:
         found["bottleneck"] = model.bottleneck
     for name, objective in model.objectives.items():
         for child in objective.shadow:
@@ -89,4 +94,6 @@ def shadowed(model: Model) -> dict[str, nn.Module]:
 def bind_shadows(model: Model, ema: EMATeacher) -> None:
     """Hand every objective its EMA copies."""
     for name, objective in model.objectives.items():
-        objective.bind_shadows({child: ema.modules[f"objectives/{name}/{child}"] for child in objective.shadow})
+        objective.bind_shadows(
+            {child: ema.modules[f"objectives/{name}/{child}"] for child in objective.shadow}
+        )

@@ -26,7 +26,8 @@ class EMATeacher:
     def __init__(self, modules: Mapping[str, nn.Module]) -> None:
         copies: dict[int, nn.Module] = {}
         self.modules: dict[str, nn.Module] = {}
-        self._pairs: list[tuple[Tensor, Tensor]] = []
+        self._teacher: list[Tensor] = []
+        self._student: list[Tensor] = []
         for name, module in modules.items():
             if id(module) not in copies:
                 copies[id(module)] = self._copy(module)
@@ -37,17 +38,19 @@ class EMATeacher:
         for parameter in twin.parameters():
             if parameter.dtype in {torch.bfloat16, torch.float16}:
                 parameter.data = parameter.data.float()  # a bf16 average does not move
-        self._pairs += list(zip(twin.parameters(), module.parameters(), strict=True))
+        self._teacher += list(twin.parameters())
+        self._student += list(module.parameters())
         return twin
 
     @torch.no_grad()
     def update(self, momentum: float) -> None:
         """theta_t <- m theta_t + (1 - m) theta_s over parameters; buffers stay (arXiv 2512.13687, eq. 8 of specs/vtp.md)."""
-        if not self._pairs:
-            return
-        teacher = [pair[0] for pair in self._pairs]
-        student = [pair[1].detach().to(pair[0].dtype) for pair in self._pairs]
-        torch._foreach_lerp_(teacher, student, 1.0 - momentum)
+        if self._teacher:
+            student = [
+                s if s.dtype == t.dtype else s.to(t.dtype)
+                for t, s in zip(self._teacher, self._student, strict=True)
+            ]
+            torch._foreach_lerp_(self._teacher, student, 1.0 - momentum)
 
     def state(self) -> dict[str, Tensor]:
         """Tensors by ``name.key``; a module with two names is kept under its first."""
@@ -67,4 +70,6 @@ class EMATeacher:
             if id(module) not in seen:
                 seen.add(id(module))
                 prefix = f"{name}."
-                module.load_state_dict({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
+                module.load_state_dict(
+                    {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+                )

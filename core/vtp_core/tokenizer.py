@@ -51,6 +51,10 @@ class Tokenizer(nn.Module):
         exporters: the stack's objectives by name, or a function that builds them when first asked.
     """
 
+    encoder: Any  # modules of the stack, called as vtp_plugins.protocols says
+    bottleneck: Any
+    decoder: Any
+
     def __init__(self, model: Model, exporters: Mapping[str, Objective] | Exporter | None = None) -> None:
         super().__init__()
         self.model = model
@@ -165,7 +169,7 @@ def read_run(path: Path) -> tuple[Stack, dict[str, dict[str, Tensor]]]:
     checkpoint = latest(path / "checkpoints")
     if checkpoint is None:
         raise DataFault(f"{path} has no valid checkpoint yet; run vtp resume {path}")
-    parts, _ = load(checkpoint)
+    parts, _ = load(checkpoint, verify=False)  # latest() has hashed it
     return stack, parts
 
 
@@ -192,9 +196,11 @@ def _exporters_of(stack: Stack, parts: Mapping[str, Mapping[str, Tensor]], devic
     """Objectives that export something and are installed, with their weights."""
     exporting = {}
     for name, node in stack.section("objectives").items():
-        own = {k: v for k, v in node.items() if k not in options.OBJECTIVE_KEYS}
         try:
-            component = resolve(stack.registry, "objectives", f"objectives.{name}", own, stack.dial, _modules(stack))
+            component = resolve(
+                stack.registry, "objectives", f"objectives.{name}", node, stack.dial, _modules(stack),
+                options.OBJECTIVE_KEYS,
+            )  # fmt: skip
         except Fault:
             continue  # not installed here: the message of the missing method names it
         if component.cls.exports:

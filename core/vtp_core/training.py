@@ -20,7 +20,7 @@ from vtp_core.components import resolve
 from vtp_core.data.loader import Batch, Loader
 from vtp_core.describe import plan
 from vtp_core.engine import Engine
-from vtp_core.errors import DataFault, Fault, MemoryFault, StackFault
+from vtp_core.errors import DataFault, Fault, MemoryFault, StackFault, StorageFault
 from vtp_core.forwards import Inputs
 from vtp_core.probes import run_probes
 from vtp_core.probes.bench import Bench
@@ -32,6 +32,9 @@ from vtp_core.stack import Stack
 from vtp_core.statistics import latent_statistics
 from vtp_core.tokenizer import Tokenizer
 from vtp_plugins.reading import Reading
+
+
+FAILURES = 3  # checkpoints in a row that may fail before the run gives up
 
 
 class Preempted(Fault):
@@ -78,11 +81,20 @@ class Training:
         self.dataset = dataset
         self.probes = {n: c.build(self.model.spec) for n, c in self.probe_components.items()}
         self._check_fields()
-        self.directory = RunDirectory.open(resume, write=True) if resume else self._create()
+        self.directory = self._open(resume)
         self.metrics, self.readings = JsonLines(self.directory.metrics), JsonLines(self.directory.probes)
         self.engine.run_path = self.directory.path
         self.start = self._restore() if resume else 0
         self.asked: int | None = None
+        self.failures = 0
+        self.report: Path | None = None
+
+    def _open(self, resume: Path | None) -> RunDirectory:
+        """The first process makes or locks the directory; the others are told where it is."""
+        if self.engine.rank == 0:
+            directory = RunDirectory.open(resume, write=True) if resume else self._create()
+        path = distributed.told(str(directory.path) if self.engine.rank == 0 else None)
+        return directory if self.engine.rank == 0 else RunDirectory.open(Path(path))
 
     def _create(self) -> RunDirectory:
         path = Path(self.stack.run.dir) if self.stack.run.dir else None
@@ -109,9 +121,10 @@ class Training:
         found = checkpoint.latest(self.directory.checkpoints)
         if found is None:
             raise DataFault(f"{self.directory.path} has no valid checkpoint; start it again with vtp train")
-        parts, state = checkpoint.load(found)
+        parts, state = checkpoint.load(found, verify=False)  # latest() has hashed it
         step = int(state["step"])
         self.engine.load({k: v for k, v in parts.items() if k != "statistics"}, step)
+        checkpoint.cut(self.directory.checkpoints, step)
         self.metrics.cut(step)
         self.readings.cut(step)
         return step
@@ -142,7 +155,7 @@ class Training:
     def _loader(self) -> Loader:
         rows = self.engine.layout.rows_by_view()
         data = self.stack.data
-        required = {view.field: view for view in self.model.views.values()}
+        required = {view.field for view in self.model.views.values()} | self.engine.layout.fields
         return Loader(
             self.dataset, {n: v for n, v in self.model.views.items() if n in rows}, rows,
             batch_size=data.batch_size, seed=self.keys.seed, rank=self.engine.rank, world=self.engine.world,
@@ -156,8 +169,8 @@ class Training:
         for name, objective in self.model.objectives.items():
             for need in objective.needs.values():
                 view = self.model.views.get(need.view)
-                if view is not None and view.crops is None:
-                    hints[view.field] = f"objectives.{name}=null"
+                if view is None or view.crops is None:
+                    hints[need.view if view is None else view.field] = f"objectives.{name}=null"
         return hints
 
     def _steps(self, loader: Loader) -> None:
@@ -192,16 +205,28 @@ class Training:
             self.metrics.append(row)
             self.progress.update(self.engine.steps_done, row)
 
-    def save(self, statistics: dict[str, Tensor] | None = None) -> None:
-        """Write a checkpoint of the current step."""
-        if self.engine.rank == 0:
-            parts = self.engine.state() | ({"statistics": statistics} if statistics else {})
-            step = self.engine.steps_done
+    def save(self, statistics: dict[str, Tensor] | None = None, last: bool = False) -> None:
+        """Write a checkpoint of the current step.
+
+        A full disk is waited out: training goes on, and only the third failure in a row, or the last
+        checkpoint's, ends the run.
+        """
+        if self.engine.rank != 0:
+            return
+        parts = self.engine.state() | ({"statistics": statistics} if statistics else {})
+        step = self.engine.steps_done
+        try:
             self.metrics.sync()
             checkpoint.save(self.directory.checkpoints, step, parts, {"step": step}, keep=self.keys.keep)
+            self.failures = 0
+        except StorageFault as fault:
+            self.failures += 1
+            if last or self.failures == FAILURES:
+                raise
+            self.progress.note(f"{fault} (attempt {self.failures} of {FAILURES}; training goes on)")
 
     def _stop(self, step: int) -> None:
-        self.save()
+        self.save(last=True)
         self.directory.mark("preempted", step=step)
         assert self.asked is not None
         code = 130 if self.asked == signal.SIGINT else 75
@@ -266,7 +291,7 @@ class Training:
         statistics = {}
         if self.model.encoder is not None and trained:
             statistics = latent_statistics(self.tokenizer(), Bench(self.tokenizer(), self.make_dataset, device=self.device))
-        self.save(statistics)
+        self.save(statistics, last=True)
         self.directory.mark("finished", step=self.engine.steps_done)
         pages = self.engine.plugins.hook.vtp_finish(run=self.directory.path)
         self.report = next((page for page in pages if page is not None), None)

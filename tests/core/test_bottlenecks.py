@@ -97,7 +97,7 @@ def test_noise_meets_a_row_alike_for_any_number_of_processes() -> None:
 def test_noise_levels_follow_their_law(law: str, mean: float, highest: float) -> None:
     link = Noise(Spec(channels=64), law=law, tau=0.8)  # type: ignore[arg-type]
     levels = link(torch.zeros(2000, 8, 64), CLOCK)["latent.noisy"].flatten(1).std(1)
-    assert abs(levels.mean() - mean) < 0.03
+    assert abs(levels.mean() - mean) < 0.05
     assert levels.max() < highest * 1.2
 
 

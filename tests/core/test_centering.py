@@ -54,7 +54,12 @@ def test_micro_batches_settle_like_one_batch() -> None:
 
 def test_the_temperature_warms_up_and_stays() -> None:
     centering = Centering(4, temperature=(0.04, 0.07), warmup=0.3)
-    assert [round(centering.temperature_at(share), 4) for share in (0.0, 0.15, 0.3, 1.0)] == [0.04, 0.055, 0.07, 0.07]
+    assert [round(centering.temperature_at(share), 4) for share in (0.0, 0.15, 0.3, 1.0)] == [
+        0.04,
+        0.055,
+        0.07,
+        0.07,
+    ]
     assert Centering(4, warmup=0.0).temperature_at(0.0) == 0.07
 
 

@@ -28,7 +28,9 @@ def off(ours: Tensor, stored: Tensor) -> float:
 
 def peak(work: Callable[[], Any]) -> int:
     """Bytes that ``work`` holds at most, beyond what was there."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as profile:
         work()
     events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
     held = most = 0
@@ -73,7 +75,9 @@ def test_a_large_matrix_is_blocked_and_agrees_with_the_textbook() -> None:
     assert len(list(blocks(128, 16384))) > 1
     ours, stored = (f(x, weight, teacher, teacher_weight) for f in (cross_entropy, textbook))
     assert off(ours, stored) < 1e-5
-    for a, b in zip(torch.autograd.grad(ours, (x, weight)), torch.autograd.grad(stored, (x, weight)), strict=True):
+    for a, b in zip(
+        torch.autograd.grad(ours, (x, weight)), torch.autograd.grad(stored, (x, weight)), strict=True
+    ):
         assert off(a, b) < 1e-5
 
 

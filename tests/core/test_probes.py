@@ -295,17 +295,24 @@ def test_ssim_of_flat_images_is_its_luminance_term() -> None:
     assert ssim(noise, 1 - noise).max() < -0.5
 
 
-def test_ssim_of_one_window_is_the_formula_with_gaussian_moments() -> None:
+def test_ssim_is_the_formula_with_gaussian_moments_at_every_place() -> None:
     draw = torch.Generator().manual_seed(1)
-    x, y = (torch.rand(1, 1, 11, 11, generator=draw, dtype=torch.float64) for _ in range(2))
+    x, y = (torch.rand(1, 1, 7, 12, generator=draw, dtype=torch.float64) for _ in range(2))
     line = torch.exp(-((torch.arange(11.0, dtype=torch.float64) - 5) ** 2) / 4.5)
     window = torch.outer(line, line) / line.sum() ** 2
-    mean = [(window * v[0, 0]).sum() for v in (x, y)]
-    var = [(window * (v[0, 0] - m) ** 2).sum() for v, m in zip((x, y), mean, strict=True)]
-    both = (window * (x[0, 0] - mean[0]) * (y[0, 0] - mean[1])).sum()
-    expected = (2 * mean[0] * mean[1] + 1e-4) * (2 * both + 9e-4)
-    expected = expected / (mean[0] ** 2 + mean[1] ** 2 + 1e-4) / (var[0] + var[1] + 9e-4)
-    assert ssim(x, y).item() == pytest.approx(expected.item(), abs=1e-10)
+    found = []
+    for top in range(7):
+        for left in range(12):
+            a, b = (
+                F.pad(v, (5, 5, 5, 5), mode="reflect")[0, 0, top : top + 11, left : left + 11] for v in (x, y)
+            )
+            m, n = (window * a).sum(), (window * b).sum()
+            var_a, var_b = (window * (a - m) ** 2).sum(), (window * (b - n) ** 2).sum()
+            both = (window * (a - m) * (b - n)).sum()
+            found.append(
+                (2 * m * n + 1e-4) * (2 * both + 9e-4) / (m**2 + n**2 + 1e-4) / (var_a + var_b + 9e-4)
+            )
+    assert ssim(x, y).item() == pytest.approx(torch.stack(found).mean().item(), abs=1e-10)
 
 
 def test_effective_rank() -> None:

@@ -32,12 +32,12 @@ class Clock:
         return self.time
 
 
-def plain(steps: int, start: int = 0, seconds: float = 1.0, **row: float) -> list[str]:
+def plain(steps: int, start: int = 0, row: dict[str, float] | None = None) -> list[str]:
     file, clock = io.StringIO(), Clock()
     with Progress(steps, start, Console(file=file), now=clock) as progress:
         for step in range(start + 1, steps + 1):
-            clock.time += seconds
-            progress.update(step, {**ROW, **row})
+            clock.time += 1.0
+            progress.update(step, {**ROW, **(row or {})})
     return file.getvalue().splitlines()
 
 
@@ -56,8 +56,8 @@ def test_a_resumed_run_counts_on_and_its_speed_is_its_own() -> None:
 
 
 def test_numbers_that_are_not_finite_are_shown() -> None:
-    assert "loss nan" in plain(1, loss=float("nan"))[0]
-    assert "clip -inf" in plain(1, **{"clip/contrast": float("-inf")})[0]
+    assert "loss nan" in plain(1, row={"loss": float("nan")})[0]
+    assert "clip -inf" in plain(1, row={"clip/contrast": float("-inf")})[0]
 
 
 def test_a_row_may_lack_anything() -> None:

@@ -21,7 +21,9 @@ def off(ours: Tensor, stored: Tensor) -> float:
     return float((ours.double() - stored.double()).norm() / stored.double().norm())
 
 
-@pytest.mark.parametrize(("iterations", "name"), [(3, "targets"), (1, "targets_iter1"), (10, "targets_iter10")])
+@pytest.mark.parametrize(
+    ("iterations", "name"), [(3, "targets"), (1, "targets_iter1"), (10, "targets_iter10")]
+)
 def test_targets_equal_the_reference(iterations: int, name: str) -> None:
     stored = load_file(GOLDEN / "cls_loss.safetensors")
     targets = sinkhorn(stored["in.teacher_logits"], torch.eye(64), 0.05, CLOCK, iterations)
@@ -59,4 +61,6 @@ def test_no_rows_give_no_targets() -> None:
 
 
 def test_float64_stays_float64() -> None:
-    assert sinkhorn(torch.randn(4, 4).double(), torch.eye(4).double(), 0.1, CLOCK).dense().dtype == torch.float64
+    assert (
+        sinkhorn(torch.randn(4, 4).double(), torch.eye(4).double(), 0.1, CLOCK).dense().dtype == torch.float64
+    )

@@ -170,11 +170,30 @@ def test_drop_path_scales_what_is_kept() -> None:
 
 
 def test_drop_path_meets_a_row_alike_for_any_number_of_processes() -> None:
+    """Two crops of each of three samples, of which two processes have one and two."""
     model = vit(drop_path=0.5)
-    whole = model(images(), clock=StepClock(seed=1))["patches"]
+    whole = model(images(), clock=StepClock(seed=1).of("encoder", crops=2))["patches"]
+    crops = images().unflatten(0, (3, 2))
     for rank in range(2):
-        clock = StepClock(seed=1, world=2, rank=rank)
-        torch.testing.assert_close(model(images()[rank::2], clock=clock)["patches"], whole[rank::2])
+        clock = StepClock(seed=1, world=2, rank=rank).of("encoder", crops=2)
+        mine = model(crops[rank::2].flatten(0, 1), clock=clock)["patches"]
+        torch.testing.assert_close(mine, whole.unflatten(0, (3, 2))[rank::2].flatten(0, 1))
+
+
+def test_shapes_are_known_without_values() -> None:
+    """A plan counts forwards on the meta device."""
+    with torch.device("meta"):
+        model = vit()
+        got = model(
+            torch.empty(6, 3, 12, 8, dtype=torch.float64),
+            want={"cls": 6, "patches": 2, "hidden:1": 1},
+            mask=torch.empty(6, 6, dtype=torch.bool),
+        )
+        assert got["cls"].shape == (6, 16)
+        assert got["patches"].shape == (2, 6, 16)
+        places = {"ibot": torch.empty(9, dtype=torch.int64)}
+        got = model(images().to("meta"), want={"cls": 6, "patches@ibot": 6}, select=places)
+        assert got["patches@ibot"].shape == (9, 16)
 
 
 def test_a_step_in_which_every_row_is_dropped_passes_gradient() -> None:

@@ -12,7 +12,7 @@ import pytest
 from distributions import ROOT, Distribution, Outside, distributions
 
 # What a package may hold; anything else came in by accident.
-SUFFIXES = {".css", ".html", ".js", ".json", ".md", ".py", ".txt", ".typed", ".webp", ".yaml"}
+SUFFIXES = {".css", ".html", ".j2", ".js", ".json", ".md", ".py", ".txt", ".typed", ".webp", ".yaml"}
 LARGEST = 8 * 2**20
 
 every = pytest.mark.parametrize("distribution", distributions(), ids=lambda d: d.name)

@@ -74,7 +74,7 @@ def off() -> Callable[[Tensor, Tensor], float]:
     """``off(ours, stored)``: distance over the stored tensor's norm, in float64."""
 
     def distance(ours: Tensor, stored: Tensor) -> float:
-        ours, stored = ours.detach().double(), stored.double().reshape(ours.shape)
+        ours, stored = ours.detach().double(), stored.detach().double().reshape(ours.shape)
         return float((ours - stored).norm() / stored.norm().clamp(min=1e-12))
 
     return distance

@@ -31,7 +31,8 @@ class ImageFolder:
         split: ``train`` or ``val``.
         root: the folder.
         holdout: share held out where there is no ``val`` folder.
-        short_side: pictures are scaled down to this short side; None is twice the stack's size, 0 keeps them.
+        short_side: pictures are shrunk by a whole factor that leaves the short side this long at least;
+            None is twice the stack's size, which the smallest crops need, and 0 keeps them as they are.
         max_pixels: a larger picture counts as broken, before it is decoded.
     """
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import struct
 import warnings
 import zlib
@@ -44,7 +45,8 @@ def decode(data: bytes, name: str, short_side: int = 0, max_pixels: int = MAX_PI
     Args:
         data: the file.
         name: what a message calls it.
-        short_side: the short side is scaled down to this many pixels; 0 keeps the picture's own.
+        short_side: the picture is shrunk by a whole factor that leaves its short side this long at least,
+            which costs next to nothing; 0 keeps it as it is.
         max_pixels: a larger picture is refused from its header, before anything is decoded.
 
     Raises:
@@ -75,13 +77,12 @@ def to_tensor(image: Image.Image, short_side: int = 0) -> Tensor:
     """An opened picture as (3, H, W) uint8."""
     if short_side and image.format == "JPEG":
         scale = short_side / min(image.size)
-        image.draft(image.mode, (int(image.width * scale), int(image.height * scale)))
+        image.draft(image.mode, (math.ceil(image.width * scale), math.ceil(image.height * scale)))
     image = on_white(ImageOps.exif_transpose(image))
-    if short_side and min(image.size) > short_side:
-        scale = short_side / min(image.size)
-        size = max(1, round(image.width * scale)), max(1, round(image.height * scale))
-        image = image.resize(size, Image.Resampling.BICUBIC, reducing_gap=3.0)
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()  # (H, W, 3) -> (3, H, W)
+    if short_side and (factor := min(image.size) // short_side) > 1:
+        image = image.reduce(factor)
+    pixels = np.asarray(image).transpose(2, 0, 1)  # (H, W, 3) -> (3, H, W)
+    return torch.from_numpy(np.array(pixels, order="C"))
 
 
 def on_white(image: Image.Image) -> Image.Image:

@@ -36,7 +36,8 @@ class Shards:
         verify: ``size`` compares sizes, ``full`` also sha256, at a shard's first use in each process.
         window: shards that are mixed with each other.
         open_shards: shards kept open in each process.
-        short_side: pictures are scaled down to this short side; None is twice the stack's size, 0 keeps them.
+        short_side: pictures are shrunk by a whole factor that leaves the short side this long at least;
+            None is twice the stack's size, which the smallest crops need, and 0 keeps them as they are.
         max_pixels: a larger picture counts as broken, before it is decoded.
     """
 

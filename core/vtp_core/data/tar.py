@@ -15,9 +15,8 @@ Member = tuple[int, int]
 Index = list[dict[str, Member]]
 
 IMAGES = frozenset(suffix[1:] for suffix in SUFFIXES)
-REFUSED = frozenset(
-    {"pkl", "pickle", "pyd", "pth", "pt", "cbor", "ten", "tb"}
-)  # webdataset would unpickle these
+# webdataset would unpickle these
+REFUSED = frozenset({"pkl", "pickle", "pyd", "pth", "pt", "cbor", "ten", "tb"})
 MAX_MEMBER = 64 << 20
 MAX_TEXT = 1 << 20
 BLOCK = 512

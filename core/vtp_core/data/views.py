@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import KW_ONLY, InitVar, dataclass
@@ -92,8 +93,8 @@ class Plain:
     scale: tuple[float, float] = (0.9, 1.0)
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
     flip: float = 0.0
+    crops: int | None = dataclasses.field(default=1, init=False)
     field: str = "image"
-    crops: int | None = 1
 
     def __post_init__(self, spec: Spec | None) -> None:
         object.__setattr__(self, "size", sides(spec, self.size))
@@ -118,8 +119,8 @@ class Centre:
     """
 
     size: int | tuple[int, ...]
+    crops: int | None = dataclasses.field(default=1, init=False)
     field: str = "image"
-    crops: int | None = 1
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "size", sides(None, self.size))

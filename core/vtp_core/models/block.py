@@ -84,26 +84,46 @@ class LayerScale(nn.Module):
 
 @dataclass(frozen=True, slots=True)
 class Reads:
-    """Single tokens of x (B, T, D): token ``place[i]`` of row ``row[i]``, both (Q,) int64."""
+    """Single tokens of x (B, T, D).
 
-    row: Tensor
-    place: Tensor
+    Args:
+        at: flat places in (B * T), (Q,) int64.
+        tokens: T.
+        most: no row is read more often.
+    """
+
+    at: Tensor
+    tokens: int
+    most: int
+
+    @property
+    def row(self) -> Tensor:
+        return self.at // self.tokens
+
+    @property
+    def place(self) -> Tensor:
+        return self.at % self.tokens
 
     def of(self, x: Tensor) -> Tensor:
         """The tokens, (Q, D)."""
-        return x.flatten(0, 1).index_select(0, self.row * x.shape[1] + self.place)  # (B, T, D) -> (Q, D)
+        return x.flatten(0, 1).index_select(0, self.at)  # (B, T, D) -> (Q, D)
 
     def slots(self) -> tuple[Tensor, int]:
-        """A place of its own for every read among those of its row, (Q,), and how many places a row needs."""
-        ordered, order = self.row.sort(stable=True)
-        ranks = torch.arange(len(ordered), device=ordered.device) - torch.searchsorted(ordered, ordered)
-        slot = torch.empty_like(ranks).scatter_(0, order, ranks)
-        return slot, int(slot.max()) + 1 if len(slot) else 1
+        """Places in (B * slots), one for every read, (Q,), and how many slots a row needs."""
+        row = self.row
+        if self.most == 1:
+            return row, 1
+        ordered, order = row.sort(stable=True)
+        ranks = torch.arange(len(row), device=row.device) - torch.searchsorted(ordered, ordered)
+        # an accelerator would have to wait for the exact number
+        slots = int(ranks.max()) + 1 if row.device.type == "cpu" and len(row) else self.most
+        return row * slots + torch.empty_like(ranks).scatter_(0, order, ranks), slots
 
     def among(self, keep: Tensor) -> tuple[Tensor, Reads]:
         """Which reads (q,) are of kept rows (B,) bool, and those reads with kept rows counted from 0."""
         picked = keep[self.row].nonzero().squeeze(1)
-        return picked, Reads((keep.cumsum(0) - 1)[self.row[picked]], self.place[picked])
+        skipped = (~keep).cumsum(0)[self.row[picked]]
+        return picked, Reads(self.at[picked] - skipped * self.tokens, self.tokens, self.most)
 
 
 class Attention(nn.Module):
@@ -138,7 +158,6 @@ class Attention(nn.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = tables.at(reads.place).rotate(q).to(v.dtype), tables.rotate(k).to(v.dtype)
         slot, slots = reads.slots()
-        slot = reads.row * slots + slot
         q = q.new_zeros(rows * slots, width).index_copy(0, slot, q.flatten(1))
         q = q.view(rows, slots, self.heads, width // self.heads).transpose(1, 2)  # -> (B, heads, slots, d)
         y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(rows * slots, width)

@@ -205,9 +205,8 @@ class ViT(nn.Module):
         scale: float,
     ) -> dict[str, Tensor]:
         """Outputs of the last block: whole rows as far as patches are read, single tokens beyond."""
-        block, count = self._block(self.depth), tokens.shape[1]
-        hidden = f"hidden:{self.depth}"
-        whole = max(want.get("patches", 0), want.get(hidden, 0))
+        block, hidden = self._block(self.depth), f"hidden:{self.depth}"
+        whole, count = max(want.get("patches", 0), want.get(hidden, 0)), tokens.shape[1]
         out: dict[str, Tensor] = {}
         full = tokens[:0]
         if whole:
@@ -216,46 +215,61 @@ class ViT(nn.Module):
             out[hidden] = full[: want[hidden], 1:]
         if "patches" in want:
             out["patches"] = self.norm(full[: want["patches"], 1:])
-        reads = self._reads(tokens, want, select)
-        if not reads:
-            return out
-        row, place = (torch.cat(parts) for parts in zip(*reads.values(), strict=True))
-        beyond = row >= whole if whole else torch.ones_like(row, dtype=torch.bool)
-        if whole >= len(tokens):
-            single = Reads(row, place).of(full)
-        else:
+        reads = self._reads(want, select, count, tokens.device)
+        beyond = {output: _beyond(output, at, whole, tokens) for output, at in reads.items()}
+        singles = [tokens[:0, 0]] * len(reads)
+        if any(len(at) for at in beyond.values()):
+            most = sum(1 if output == "cls" else count - 1 for output in reads)
             rest = None if keep is None else keep[whole:]
-            outside = Reads(row[beyond] - whole, place[beyond])
-            single = block.read(tokens[whole:], outside, tables, rest, scale)
-            if whole:
-                pool = torch.cat([full.flatten(0, 1), single])
-                at = torch.where(beyond, whole * count + beyond.cumsum(0) - 1, row * count + place)
-                single = pool.index_select(0, at)
-        parts = self.norm(single).split([len(rows) for rows, _ in reads.values()])
-        return out | dict(zip(reads, parts, strict=True))
+            single = block.read(
+                tokens[whole:], Reads(torch.cat(list(beyond.values())), count, most), tables, rest, scale
+            )
+            singles = list(single.split([len(at) for at in beyond.values()]))
+        for (output, at), single in zip(reads.items(), singles, strict=True):
+            out[output] = self.norm(_merged(full, single, at) if whole else single)
+        return out
 
     def _reads(
-        self, tokens: Tensor, want: Mapping[str, int], select: Mapping[str, Tensor]
-    ) -> dict[str, tuple[Tensor, Tensor]]:
-        """Row and place of every token that is read singly, by output."""
+        self, want: Mapping[str, int], select: Mapping[str, Tensor], count: int, device: torch.device
+    ) -> dict[str, Tensor]:
+        """Flat places in (B * T) of the tokens that are read singly, by output."""
         reads = {}
-        patches, device = tokens.shape[1] - 1, tokens.device
         for output, rows in want.items():
+            name = output.removeprefix("patches@")
             if output == "cls":
-                row = torch.arange(rows, device=device)
-                reads[output] = row, torch.zeros_like(row)
-            elif output.startswith("patches@"):
-                name = output.removeprefix("patches@")
+                reads[output] = count * torch.arange(rows, device=device)
+            elif name != output:
                 if name not in select:
                     raise LookupError(f"{output}: no places were given; select holds {sorted(select)}")
                 at = select[name].to(device)
-                reads[output] = at // patches, at % patches + 1
+                reads[output] = at + at // (count - 1) + 1  # a CLS token comes before every row's patches
         return reads
 
     def _block(self, level: int) -> Block:
         block = self.blocks[level - 1]
         assert isinstance(block, Block)
         return block
+
+
+def _beyond(output: str, at: Tensor, whole: int, tokens: Tensor) -> Tensor:
+    """Flat places past the rows that are computed whole, counted from there."""
+    edge = whole * tokens.shape[1]
+    if whole >= len(tokens):
+        return at[:0]
+    if output == "cls":
+        return at[whole:] - edge  # one per row in order, so a slice
+    return at[at >= edge] - edge if whole else at
+
+
+def _merged(full: Tensor, single: Tensor, at: Tensor) -> Tensor:
+    """Tokens at flat places, (Q, D): of the whole rows (b, T, D) or, past them, the single ones in order."""
+    pool = full.flatten(0, 1)  # (b, T, D) -> (b * T, D)
+    if not len(single):
+        return pool.index_select(0, at)
+    beyond = at >= len(pool)
+    return torch.cat([pool, single]).index_select(
+        0, torch.where(beyond, len(pool) + beyond.cumsum(0) - 1, at)
+    )
 
 
 def _per_axis(option: str, value: int | tuple[int, ...], axes: int) -> tuple[int, ...]:

@@ -1,4 +1,4 @@
-"""Teacher targets of self-distillation: Sinkhorn-Knopp, or a softmax around a running centre (DINO, arXiv 2104.14294)."""
+"""Teacher targets of self-distillation: Sinkhorn-Knopp, or a softmax around a centre (arXiv 2104.14294)."""
 
 from __future__ import annotations
 

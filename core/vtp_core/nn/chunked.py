@@ -73,7 +73,7 @@ def row_log_sum_exp(x: Tensor, weight: Tensor, column: Tensor | None = None) -> 
 
 
 class _Reduce(torch.autograd.Function):
-    """Row-wise ``log_sum_exp`` or sum of ``softplus`` over x @ weight.T + bias; with targets also targets @ weight."""
+    """``log_sum_exp`` or sum of ``softplus`` of each row of x @ weight.T + bias; and targets @ weight."""
 
     @staticmethod
     def forward(

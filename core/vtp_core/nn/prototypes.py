@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any, ClassVar
 
 import torch
@@ -28,7 +29,8 @@ class WeightNormed(nn.Module):
     @property
     def weight(self) -> Tensor:
         """Prototypes, (K, d)."""
-        return self.weight_v * (self.weight_g / torch.linalg.vector_norm(self.weight_v, dim=1, keepdim=True))
+        length: Tensor = torch.linalg.vector_norm(self.weight_v, dim=1, keepdim=True)  # (K, 1)
+        return self.weight_v * (self.weight_g / length)
 
 
 class PrototypeHead(nn.Module):
@@ -69,7 +71,7 @@ class PrototypeHead(nn.Module):
         self.prototypes = prototypes
         widths = [spec.width_of(on), *[hidden] * (layers - 1), bottleneck]
         chain: list[nn.Module] = []
-        for index, (before, after) in enumerate(zip(widths, widths[1:], strict=False)):
+        for index, (before, after) in enumerate(pairwise(widths)):
             linear = nn.Linear(before, after, bias=bias)
             nn.init.trunc_normal_(linear.weight, std=0.02)
             if bias:
@@ -79,7 +81,9 @@ class PrototypeHead(nn.Module):
                 chain += [nn.BatchNorm1d(after), nn.GELU()] if batch_norm else [nn.GELU()]
         self.mlp = nn.Sequential(*chain) if len(chain) > 1 else chain[0]
         self.last_layer = (
-            WeightNormed(prototypes, bottleneck) if weight_norm else nn.Linear(bottleneck, prototypes, bias=False)
+            WeightNormed(prototypes, bottleneck)
+            if weight_norm
+            else nn.Linear(bottleneck, prototypes, bias=False)
         )
 
     @property

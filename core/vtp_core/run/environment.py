@@ -18,7 +18,11 @@ _PACKAGES = frozenset(
         "tensorboard", "timm", "torch", "torch-fidelity", "torchvision", "webdataset",
     }
 )  # fmt: skip
-_SECRET = re.compile(r"(?i)token(?!i[sz])|secret|passw|api_?key|credential")  # but not tokenizer
+# A token is a secret, but not of a tokenizer, a mask, a class, ...
+_SECRET = re.compile(
+    r"(?i)(?<!mask_)(?<!cls_)(?<!class_)(?<!pad_)(?<!eos_)(?<!bos_)token(?!i[sz])"
+    r"|secret|passw|api_?key|credential"
+)
 _URL_USER = re.compile(r"(?<=://)[^/?#\s@]+(?=@)")
 _URL_QUERY = re.compile(r"(://[^?\s]*\?)\S+")
 _MASK = "***"
@@ -52,7 +56,7 @@ def masked(value: Any, environment: Mapping[str, str] = os.environ) -> Any:
     """A copy of plain data in which secrets are ``***``.
 
     Masked are entries under keys that name a secret, values of environment variables that do, and the
-    user and query of a URL. A number under such a key stays if it may be a count (``tokens: 256``).
+    user and query of a URL. ``tokens: 256`` stays, as it counts something else.
     """
     values = {entry for name, entry in environment.items() if _SECRET.search(name)}
     secrets = sorted((entry for entry in values if len(entry) >= _SHORTEST), key=len, reverse=True)
@@ -76,9 +80,11 @@ def _masked(value: Any, secrets: list[str], hidden: bool) -> Any:
 
 
 def _names_secret(key: object, entry: object) -> bool:
-    found = _SECRET.findall(str(key))
-    counts = isinstance(entry, int | float) and all(word.lower() == "token" for word in found)
-    return bool(found) and not counts
+    found = {word.lower() for word in _SECRET.findall(str(key))}
+    harmless = found == {"token"} and isinstance(
+        entry, int | float | Mapping
+    )  # a count, a component so named
+    return bool(found) and not harmless
 
 
 def _torch() -> dict[str, Any]:

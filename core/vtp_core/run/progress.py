@@ -91,7 +91,6 @@ class Progress:
         """Leave the last picture on the screen and hand the terminal back."""
         if self._live is not None:
             with _despite_a_lost_terminal():
-                self._live.refresh()
                 self._live.stop()
             self._live = None
 

@@ -75,7 +75,9 @@ class Clip(Objective):
         image = self.embed_image({self.on: got["image"][self.on].squeeze(0)})  # (1, R, ...) -> (R, E)
         text = F.normalize(wide(encode_text(self.text, got["text"]["input"])), dim=-1)  # (R, L) -> (R, E)
         scale = wide(self.logit_scale)
-        scale = (scale + (scale.clamp(max=LARGEST) - scale).detach()).exp()  # as if clamped after the last step
+        scale = (
+            scale + (scale.clamp(max=LARGEST) - scale).detach()
+        ).exp()  # as if clamped after the last step
         return {"contrast": contrastive(image, text, scale, clock, self.logit_bias, self.loss)}
 
     @torch.no_grad()

@@ -1,4 +1,4 @@
-"""DINO: crops agree on prototypes that an EMA teacher assigns (arXiv 2104.14294; as in DINOv2, 2304.07193)."""
+"""DINO: crops agree on prototypes that an EMA teacher assigns (arXiv 2104.14294, as in 2304.07193)."""
 
 from __future__ import annotations
 
@@ -40,6 +40,7 @@ class DINO(Objective):
         global_scale: the same of the two global crops.
     """
 
+    head: Any  # a PrototypeHead, or what has its features, weight and prototypes
     shadow = ("head",)
     sizes: ClassVar[dict[str, dict[str, Any]]] = {
         "tiny": {"prototypes": 1024, "hidden": 256, "bottleneck": 64, "local_crops": 4},
@@ -66,8 +67,9 @@ class DINO(Objective):
         global_scale: tuple[float, float] = (0.32, 1.0),
     ) -> None:
         super().__init__()
-        own = {"on": on, "prototypes": prototypes, "hidden": hidden, "bottleneck": bottleneck, "layers": layers}
-        self.head: Any = head or PrototypeHead(spec, **own)
+        self.head = head or PrototypeHead(
+            spec, on=on, prototypes=prototypes, hidden=hidden, bottleneck=bottleneck, layers=layers
+        )
         self.centering = Centering(
             self.head.prototypes, centering, teacher_temperature, temperature_warmup, centre_momentum
         )

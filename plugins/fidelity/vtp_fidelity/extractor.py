@@ -26,8 +26,9 @@ def features(network: Lite0, images: Tensor, layer: str, size: int) -> Tensor:
     if scale != 1:
         sides = tuple(round(side * scale) for side in x.shape[-2:])
         x = F.interpolate(x, sides, mode="bilinear", antialias=True, align_corners=False)
-    out: Tensor = network(x.contiguous(memory_format=torch.channels_last), layer)
-    return out
+    x = x.contiguous(memory_format=torch.channels_last)
+    # small parts stay in a CPU's cache: half the time of 128 images at once
+    return torch.cat([network(part, layer) for part in x.split(16 if x.device.type == "cpu" else len(x))])
 
 
 @cache

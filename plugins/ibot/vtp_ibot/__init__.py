@@ -1,4 +1,4 @@
-"""iBOT: predict which prototypes the EMA teacher sees behind masked patches (arXiv 2111.07832; as in DINOv2)."""
+"""iBOT: predict the prototypes that an EMA teacher sees behind masked patches (arXiv 2111.07832)."""
 
 from __future__ import annotations
 
@@ -40,6 +40,7 @@ class IBot(Objective):
         global_scale: the global crops' share of the picture's area.
     """
 
+    head: Any  # a PrototypeHead, or what has its features, weight and prototypes
     shadow = ("head",)
     sizes: ClassVar[dict[str, dict[str, Any]]] = {
         "tiny": {"prototypes": 1024, "hidden": 256, "bottleneck": 64},
@@ -65,8 +66,9 @@ class IBot(Objective):
         global_scale: tuple[float, float] = (0.32, 1.0),
     ) -> None:
         super().__init__()
-        own = {"on": on, "prototypes": prototypes, "hidden": hidden, "bottleneck": bottleneck, "layers": layers}
-        self.head: Any = head or PrototypeHead(spec, **own)
+        self.head = head or PrototypeHead(
+            spec, on=on, prototypes=prototypes, hidden=hidden, bottleneck=bottleneck, layers=layers
+        )
         self.centering = Centering(
             self.head.prototypes, centering, teacher_temperature, temperature_warmup, centre_momentum
         )

@@ -49,7 +49,9 @@ class KoLeo(Objective):
         x = F.normalize(wide(got["student"][self.on]), dim=-1, eps=self.eps)  # (K, R, D)
         everyone = clock.gather(x.transpose(0, 1)).transpose(0, 1)  # (K, R, D) -> (K, W R, D)
         if everyone.shape[1] < 2:
-            raise ValueError("koleo compares rows with each other and got one; raise its 'rows' or batch_size")
+            raise ValueError(
+                "koleo compares rows with each other and got one; raise its 'rows' or batch_size"
+            )
         with torch.no_grad():
             near = x @ everyone.transpose(1, 2)  # (K, R, W R)
             near.diagonal(clock.rank * x.shape[1], 1, 2).fill_(-1)  # nobody is their own neighbour

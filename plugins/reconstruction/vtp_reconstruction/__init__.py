@@ -1,4 +1,4 @@
-"""Reconstruction: the decoded picture against its input by L1, L2 and LPIPS (VTP, arXiv 2512.13687, eq. 1)."""
+"""Reconstruction: the decoded picture against its input by L1, L2 and LPIPS (arXiv 2512.13687, eq. 1)."""
 
 from __future__ import annotations
 
@@ -48,9 +48,13 @@ class Reconstruction(Objective):
     ) -> None:
         super().__init__()
         if spec.modality != "image" and (lpips or space == "pixel"):
-            raise ValueError(f"modality {spec.modality!r} has no LPIPS and no pixels; set lpips: 0, space: normalised")
+            raise ValueError(
+                f"modality {spec.modality!r} has no LPIPS and no pixels; set lpips: 0, space: normalised"
+            )
         if trunk == "random" and not allow_random_trunk:
-            raise ValueError("trunk: random makes LPIPS meaningless; for a test, set allow_random_trunk: true")
+            raise ValueError(
+                "trunk: random makes LPIPS meaningless; for a test, set allow_random_trunk: true"
+            )
         if not (l1 or l2 or lpips):
             raise ValueError("l1, l2 and lpips are all 0; nothing is left to compute")
         self.l1, self.l2, self.lpips, self.space = l1, l2, lpips, space

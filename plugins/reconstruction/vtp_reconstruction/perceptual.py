@@ -1,4 +1,4 @@
-"""LPIPS (arXiv 1801.03924) as a frozen function: heads of the lpips package, trunk from the weights registry."""
+"""LPIPS (arXiv 1801.03924) as a frozen function: the lpips package's heads on a registered trunk."""
 
 from __future__ import annotations
 
@@ -29,10 +29,14 @@ class Perceptual:
             warnings.simplefilter("ignore", UserWarning)  # lpips uses arguments that torchvision renamed
             frame = lpips.LPIPS(net=net, pretrained=False, pnet_rand=True, verbose=False)
         heads = torch.load(
-            Path(lpips.__file__).with_name("weights") / "v0.1" / f"{net}.pth", map_location="cpu", weights_only=True
+            Path(lpips.__file__).with_name("weights") / "v0.1" / f"{net}.pth",
+            map_location="cpu",
+            weights_only=True,
         )
         self.heads = [heads[f"lin{level}.model.1.weight"].flatten() for level in range(frame.L)]  # (c,)
-        self.slices: list[nn.Module] = [getattr(frame.net, f"slice{i}") for i in range(1, frame.net.N_slices + 1)]
+        self.slices: list[nn.Module] = [
+            getattr(frame.net, f"slice{i}") for i in range(1, frame.net.N_slices + 1)
+        ]
         if trunk == "weights":
             self._load(weights.path(f"lpips-{net}"))
         else:
@@ -84,5 +88,3 @@ class Perceptual:
         if self.heads[0].device != x.device or self.heads[0].dtype != x.dtype:
             self.heads = [head.to(x) for head in self.heads]
             self.slices = [module.to(x) for module in self.slices]
-
-

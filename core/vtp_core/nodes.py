@@ -1,0 +1,150 @@
+"""The words of a plan: nodes, who reads them, stages."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from vtp_plugins.needs import Need
+
+MODULES = {"encode": "encoder", "bottleneck": "bottleneck", "decode": "decoder", "generate": "generator"}
+"""Kind of a node -> the module it runs; ``teach`` runs the teacher that ``source`` names, ``input`` none."""
+
+Turn = tuple[str, int]
+"""One evaluation of an objective in a step: its instance name and 0, or 0 to K - 1 when it repeats."""
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """One forward. Fields that don't matter to its kind keep their defaults, so that equal work is one node."""
+
+    kind: str
+    view: str
+    source: str = "student"
+    mask: str | None = None
+    drop: float | None = None
+    mode: str = "train"
+    through: bool = False
+    cut: bool = False
+    draw: str = ""
+    reads: Node | None = None
+
+    @property
+    def module(self) -> str:
+        """Name of the module it runs: encoder, bottleneck, decoder, generator, teacher:<name>, or empty."""
+        return self.source if self.kind == "teach" else MODULES.get(self.kind, "")
+
+    def __str__(self) -> str:
+        marks = {
+            self.view: True,
+            self.source: self.source != "student" and self.kind != "teach",
+            f"mask {self.mask}": self.mask is not None,
+            f"drop {self.drop}": self.drop is not None,
+            "no gradient to its parameters": self.through,
+            "input cut": self.cut,
+            "eval": self.mode == "eval" and self.source == "student",
+            f"draw {self.draw}": self.draw not in {"", "main"},
+        }
+        return f"{self.module or self.kind}({', '.join(mark for mark, shown in marks.items() if shown)})"
+
+
+@dataclass(frozen=True, slots=True)
+class Reader:
+    """An active objective as the planner sees it.
+
+    Attributes:
+        name: of the instance.
+        needs: slot -> need.
+        rows: rows of this process's micro-batch that it reads.
+        repeat: evaluations per step, each with draws of its own.
+        against: instance whose gradient balances this one's weight.
+        learns: whether its losses are taken; a critic may watch before its objective starts.
+    """
+
+    name: str
+    needs: Mapping[str, Need]
+    rows: int
+    repeat: int = 1
+    against: str | None = None
+    learns: bool = True
+
+    @property
+    def turns(self) -> tuple[Turn, ...]:
+        """Its evaluations."""
+        return tuple((self.name, index) for index in range(self.repeat))
+
+
+@dataclass(slots=True)
+class Demand:
+    """What is read of a node: rows by output, and by whom."""
+
+    rows: dict[str, int] = field(default_factory=dict)
+    readers: dict[str, None] = field(default_factory=dict)  # ordered
+
+    def add(self, output: str, rows: int, reader: str) -> None:
+        """Ask for an output; the largest number of rows counts, smaller readers take a prefix."""
+        self.rows[output] = max(rows, self.rows.get(output, 0))
+        self.readers[reader] = None
+
+
+@dataclass(frozen=True, slots=True)
+class Handout:
+    """Where one slot of one evaluation of an objective gets its outputs."""
+
+    need: Need
+    outputs: Mapping[str, Node]
+    rows: int
+
+    @property
+    def mask(self) -> str | None:
+        """The sampler whose mask goes with it: of ``output@NAME``, else what the need names or ``any`` took."""
+        places = (output.partition("@")[2] for output in self.outputs if "@" in output)
+        named = self.need.mask if self.need.mask not in {None, "any"} else None
+        return next(places, None) or named or next((n.mask for n in self.outputs.values() if n.mask), None)
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """Nodes alive together, in the order they run, and the evaluations made on them.
+
+    Attributes:
+        nodes: those that gradient reaches.
+        turns: evaluations, in the stack's order.
+        keep: nodes computed by now whose values a later stage reads.
+    """
+
+    nodes: tuple[Node, ...]
+    turns: tuple[Turn, ...]
+    keep: frozenset[Node] = frozenset()
+
+    @property
+    def readers(self) -> tuple[str, ...]:
+        """Names of its objectives."""
+        return tuple(dict.fromkeys(name for name, _ in self.turns))
+
+
+@dataclass(slots=True)
+class Plan:
+    """A step.
+
+    Attributes:
+        demands: every node with what is read of it, inputs before what reads them.
+        stages: in the order they run.
+        handouts: evaluation -> slot -> handout.
+        live: nodes that gradient reaches.
+        watchers: objectives whose critic looks on; their losses are not taken.
+    """
+
+    demands: dict[Node, Demand]
+    stages: tuple[Stage, ...]
+    handouts: dict[Turn, dict[str, Handout]]
+    live: frozenset[Node]
+    watchers: frozenset[str] = frozenset()
+
+    @property
+    def masks(self) -> frozenset[str]:
+        """Names of the mask samplers that the step needs."""
+        marked = {node.mask for node in self.demands if node.mask}
+        return frozenset(
+            marked | {h.mask for slots in self.handouts.values() for h in slots.values() if h.mask}
+        )
