@@ -82,6 +82,7 @@ class Tokenizer(nn.Module):
         load_tokenizer(model, _chosen(parts, weights))
         model.statistics = dict(parts.get("statistics", {}))
         tokenizer = cls(model, lambda: _exporters_of(stack, parts, device))
+        tokenizer.stack = stack
         return tokenizer.to(device).eval().requires_grad_(False)
 
     @property

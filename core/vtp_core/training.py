@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -136,8 +136,10 @@ class Training:
         loader = self._loader()
         self.progress = Progress(self.keys.steps, self.start)
         try:
-            with self._signals():
-                self._steps(loader)
+            # Closed on the way out: workers ignore signals, so nothing else would end them.
+            with self._signals(), contextlib.closing(iter(loader)) as batches:
+                self._steps(batches)
+            self._note_bad(loader)
             self._finish()
         except torch.OutOfMemoryError as error:
             raise MemoryFault(
@@ -173,9 +175,8 @@ class Training:
                     hints[need.view if view is None else view.field] = f"objectives.{name}=null"
         return hints
 
-    def _steps(self, loader: Loader) -> None:
+    def _steps(self, batches: Iterator[Batch]) -> None:
         every = max(options.steps_of(self.keys.checkpoint_every, self.keys.steps), 1)
-        batches = iter(loader)
         for _ in range(self.start, self.keys.steps):
             began = time.perf_counter()
             batch = next(batches)
@@ -189,7 +190,15 @@ class Training:
                 self.measure(evaluation.due(self.stack, step))
                 if step % every == 0:
                     self.save()
-        self.bad = loader.bad
+
+    def _note_bad(self, loader: Loader) -> None:
+        """Say what was skipped, and keep the list."""
+        if not loader.bad:
+            return
+        reasons = ", ".join(f"{count} {reason}" for reason, count in loader.bad.items())
+        lines = [f"{name}\t{detail}" for name, detail in loader.quarantine.items()]
+        self.directory.write("skipped.tsv", "\n".join(lines) + "\n")
+        self.progress.note(f"data: skipped {reasons} of {loader.read} samples read; named in skipped.tsv")
 
     def _inputs(self, batch: Batch) -> Inputs:
         """A loader's batch as the engine takes it."""
@@ -232,7 +241,7 @@ class Training:
         code = 130 if self.asked == signal.SIGINT else 75
         raise Preempted(f"stopped after step {step}; continue with: vtp resume {self.directory.path}", code)
 
-    @contextmanager
+    @contextlib.contextmanager
     def _signals(self) -> Iterator[None]:
         """SIGTERM and SIGINT end the run after the step in progress; a second one ends it at once."""
 

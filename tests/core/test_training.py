@@ -114,7 +114,7 @@ def test_resuming_without_a_part_of_the_state_shows(part: str, finished: Path, t
 
 def test_sigterm_saves_and_ends_with_75(finished: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    overrides = [f"run.dir={run}", "train.steps=4000", "train.checkpoint_every=4000"]
+    overrides = [f"run.dir={run}", "train.steps=4000", "train.checkpoint_every=4000", "data.workers=1"]
     command = [sys.executable, "-m", "vtp_core", "train", str(finished / "stack.yaml"), *overrides]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     while not (run / "metrics.jsonl").exists() or not stream(run):

@@ -157,3 +157,10 @@ def test_a_senseless_option_is_named(options: dict[str, object], word: str) -> N
 def test_a_view_without_any_size_says_so() -> None:
     with pytest.raises(ValueError, match="needs a size"):
         Plain()
+
+
+def test_local_crops_are_small_whether_or_not_a_size_is_passed() -> None:
+    spec = Spec(size=(64, 64), patch=(8, 8))
+    assert local_crops(spec, 4) == local_crops(spec, 4, size=None)
+    assert local_crops(spec, 4, size=None).size == (32, 32)
+    assert local_crops(spec, 4, size=24).size == (24, 24)

@@ -10,9 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from distributions import Outside, borrow, distributions
-
-PIP = [sys.executable, "-m", "pip"]
+from distributions import PIP, Outside, distributions, make_outside
 
 
 @pytest.fixture(scope="session")
@@ -27,18 +25,14 @@ def wheels(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture(scope="session")
 def outside(wheels: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Outside:
-    """The wheels, installed; what they depend on is borrowed from the environment of the tests."""
-    home = tmp_path_factory.mktemp("outside") / "venv"
-    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(home)], check=True)
-    site = next((home / "lib").glob("python*/site-packages"))
-    (site / "borrowed.pth").write_text(f"{borrow(home / 'borrowed')}\n")
-    kept = {key: value for key, value in os.environ.items() if key not in {"PYTHONPATH", "VIRTUAL_ENV"}}
-    made = Outside(home, {**kept, "PATH": f"{home / 'bin'}{os.pathsep}{os.environ['PATH']}"})
-    options = ["--quiet", "--no-deps", "--no-index", "--ignore-installed"]
-    subprocess.run(
-        [*PIP, "--python", str(made.python), "install", *options, *map(str, wheels.values())], check=True
-    )
-    return made
+    """The wheels, installed; nobody installs anything else there."""
+    return make_outside(tmp_path_factory.mktemp("outside") / "venv", wheels)
+
+
+@pytest.fixture
+def outside_of_my_own(wheels: dict[str, Path], tmp_path: Path) -> Outside:
+    """The wheels, installed, for one test that installs more."""
+    return make_outside(tmp_path / "venv", wheels)
 
 
 @pytest.fixture

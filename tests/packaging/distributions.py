@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import tomllib
@@ -9,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+PIP = [sys.executable, "-m", "pip"]
 ROOT = Path(__file__).resolve().parents[2]
 PYPROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 
@@ -81,6 +83,20 @@ class Outside:
         return subprocess.run(
             full, cwd=cwd or self.home, env=self.environment, text=True, capture_output=True
         )
+
+
+def make_outside(home: Path, wheels: dict[str, Path]) -> Outside:
+    """Make the environment; what the wheels depend on is borrowed from the environment of the tests."""
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(home)], check=True)
+    site = next((home / "lib").glob("python*/site-packages"))
+    (site / "borrowed.pth").write_text(f"{borrow(home / 'borrowed')}\n")
+    kept = {key: value for key, value in os.environ.items() if key not in {"PYTHONPATH", "VIRTUAL_ENV"}}
+    made = Outside(home, {**kept, "PATH": f"{home / 'bin'}{os.pathsep}{os.environ['PATH']}"})
+    options = ["--quiet", "--no-deps", "--no-index", "--ignore-installed"]
+    subprocess.run(
+        [*PIP, "--python", str(made.python), "install", *options, *map(str, wheels.values())], check=True
+    )
+    return made
 
 
 def borrow(folder: Path) -> Path:

@@ -48,7 +48,7 @@ def test_the_latest_value_is_tabled_with_its_protocol() -> None:
 def test_headlines_stand_beside_their_yardsticks() -> None:
     found = {card.label: card for card in cards(READINGS)}
     same = found["nearest neighbour is the same concept"]
-    assert (same.value, same.fill, same.mark) == ("20.0 %", 0.2, 0.41)
+    assert (same.value.split(), same.fill, same.mark) == (["20.0", "%"], 0.2, 0.41)
     assert found["a caption finds its image, top-1"].mark == pytest.approx(0.0006)
     assert cards([]) == []
 

@@ -6,7 +6,7 @@ import itertools
 import math
 import signal
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -239,7 +239,7 @@ class Loader:
         self.quarantine: dict[str, str] = {}
         self._broken = 0
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Generator[Batch, None, None]:
         steps = itertools.count(self.start) if self.stop is None else range(self.start, self.stop)
         made = self._in_workers(steps) if self.workers else (self.steps[step] for step in steps)
         for batch in made:

@@ -262,11 +262,10 @@ def local_crops(spec: Spec, count: int = 8, **options: Any) -> Crops:
     scale = max(size) / 96  # DINOv2 blurs its 96 px crops as it does the 224 px ones
     ours = {
         "crops": count,
-        "size": size,
         "scale": (0.05, 0.32),
         "blur": (0.5,),
         "solarize": (0.0,),
         "blur_sigma": (0.1 * min(1.0, scale), 2.0 * scale),
         "blur_taps": odd(9 * scale),
     }
-    return Crops(spec, **{**ours, **options})
+    return Crops(spec, **{**ours, **options, "size": size})

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from vtp_report.curves import Chart, Entry, Series, draw, running_mean
+from vtp_report.curves import SLOTS, Chart, Entry, Series, draw, running_mean
 from vtp_report.headline import headline_keys
 from vtp_report.numbers import YARDSTICK, family, feature, is_yardstick, spoken, yardstick_of
 from vtp_report.record import AbsentError, Row
@@ -45,7 +45,7 @@ def schedules(rows: Sequence[Row]) -> list[Chart]:
     for prefix, title in SHARED.items():
         names = [key.removeprefix(prefix) for key in columns if key.startswith(prefix)]
         lines = {name: columns[prefix + name] for name in names}
-        order = {name: slots.get(name, len(slots) + at) for at, name in enumerate(names)}
+        order = {name: slots.get(name, len(slots) + 1 + at) for at, name in enumerate(names)}
         if lines:
             charts.append(_shared(title, lines, order, smooth=prefix == "grad/"))
     return charts
@@ -113,7 +113,7 @@ def _shared(title: str, lines: Mapping[str, Column], slots: Mapping[str, int], s
     series = [_series(name, points, slots[name]) for name, points in lines.items()]
     if len(series) > 1 and not smooth and all(line.values == series[0].values for line in series):
         series = [_series("all", next(iter(lines.values())), slot=0)]  # equal schedules are one line
-    legend = [Entry(line.name, line.slot) for line in series]
+    legend = [Entry(line.name, line.slot, line.slot >= SLOTS) for line in series]
     return Chart(title, "", draw(series, smooth=smooth, raw=False, logs=smooth), legend)
 
 

@@ -116,7 +116,11 @@ def _yardstick(
 
 
 def worded(value: float, unit: str) -> str:
-    """A value with its unit; shares become percent."""
+    """A value with its unit, on one line; shares become percent."""
     if unit == "%":
-        return f"{100 * value:.2f} %" if 0 < value < 0.01 else f"{100 * value:.1f} %"
-    return f"{value:.2f} {unit}" if unit else spoken(value)
+        return (
+            f"{100 * value:.2f}\N{NO-BREAK SPACE}%"
+            if 0 < value < 0.01
+            else f"{100 * value:.1f}\N{NO-BREAK SPACE}%"
+        )
+    return f"{value:.2f}\N{NO-BREAK SPACE}{unit}" if unit else spoken(value)
