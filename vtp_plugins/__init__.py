@@ -26,7 +26,7 @@ _HOME = {
     "hookimpl": "hookspecs",
 }
 
-__all__ = sorted(_HOME)  # noqa: PLE0605 - the names live in one table
+__all__ = sorted(_HOME)
 
 
 def __getattr__(name: str) -> Any:

@@ -1,4 +1,4 @@
-"""Weights by gradient ratio (VQGAN, arXiv 2012.09841, eq. 7): one objective's pull matches another's at an anchor."""
+"""Weights by gradient ratio: one objective's pull matches another's at an anchor (arXiv 2012.09841, eq. 7)."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def anchor_of(model: Model, at: str) -> nn.Parameter:
 
 
 def ratio(loss: Tensor, against: Tensor, anchor: nn.Parameter, keys: Balance) -> Tensor:
-    """||d against|| / (||d loss|| + eps) at the anchor, at most ``max``; norms of the whole batch's gradients.
+    """||d against|| / (||d loss|| + eps) at the anchor, at most ``max``; of the whole batch's gradients.
 
     Args:
         loss: of the balanced objective, before its weight: the weight multiplies the ratio.

@@ -263,14 +263,14 @@ def _add_objectives(model: Model, plans: Blueprint, seed: int) -> None:
 
 
 def _merge_views(model: Model) -> None:
-    """A view is defined once: the stack's definition wins, equal definitions merge, unequal ones are an error."""
+    """A view is defined once: the stack's definition wins, equal ones merge, unequal ones are an error."""
     owners: dict[str, str] = {}
     for name, objective in model.objectives.items():
         for view, definition in objective.views.items():
             if view in owners and model.views[view] != definition:
                 raise StackFault(
-                    f"view {view!r} is defined differently by objectives.{owners[view]} and objectives.{name}; "
-                    f"define it once under views.{view}"
+                    f"view {view!r} is defined differently by objectives.{owners[view]} and "
+                    f"objectives.{name}; define it once under views.{view}"
                 )
             if view not in model.views:
                 model.views[view] = definition

@@ -136,7 +136,7 @@ class StepClock:
         samples, rest = divmod(shape[0], self.crops)
         if rest:
             raise ValueError(
-                f"{self.instance}: draw {name!r} of {shape[0]} rows, which is no multiple of {self.crops} crops"
+                f"{self.instance}: draw {name!r} of {shape[0]} rows, no multiple of {self.crops} crops"
             )
         each = self.crops * math.prod(shape[1:])  # elements that belong to one sample
         first = self.rank + self.world * self.micro

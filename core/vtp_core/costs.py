@@ -219,7 +219,8 @@ def _counted() -> Iterator[_Counter]:
     flops = FlopCounterMode(display=False)
     saved = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
     # A choice of rows by value counts as the choice of all: an upper bound, where meta tensors have no values.
-    with meta.patch(meta_nonzero_assume_all_nonzero=True), saved, flops:
+    config: Any = meta  # its attributes are made at run time
+    with config.patch(meta_nonzero_assume_all_nonzero=True), saved, flops:
         yield counter
     counter.flops = int(flops.get_total_flops())
 

@@ -1,4 +1,4 @@
-"""The engine: one step of any stack. Losses see the parameters from before the step; then every optimizer steps."""
+"""One step of any stack: losses see the parameters from before it, then every optimizer steps."""
 
 from __future__ import annotations
 
@@ -28,6 +28,7 @@ from vtp_core.tally import Tally, finite
 from vtp_core.teacher import EMATeacher, momentum_at
 from vtp_plugins.needs import Need, Outputs
 
+Norms = Mapping[str, Tensor]
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.float32}
 
 
@@ -204,9 +205,8 @@ class Engine:
         return self.optimizers.norms()
 
     def _checked(
-        self, tally: Tally, norms: Mapping[str, Tensor], waiting: Mapping[str, Mapping[str, Tensor]], step_plan: Plan,
-        inputs: Inputs,
-    ) -> dict[str, float]:  # fmt: skip
+        self, tally: Tally, norms: Norms, waiting: Mapping[str, Norms], step_plan: Plan, inputs: Inputs
+    ) -> dict[str, float]:
         """Everything noted and all gradient norms in one read-back, if they are finite."""
         grads = {f"grad/{owner}": norm for owner, norm in norms.items()}
         grads |= {f"grad/{name}/critic": norm for name, own in waiting.items() for norm in own.values()}

@@ -125,9 +125,8 @@ class Forwards:
             hidden = (
                 self.signals.mask(node.mask)[:, :rows].transpose(0, 1).flatten(0, 1)
             )  # (K, R, N) -> (R*K, N)
-        keys = {
-            "want": want, "mask": hidden, "select": select, "drop": node.drop, "clock": self._clock("encoder", node, crops)
-        }  # fmt: skip
+        keys: dict[str, Any] = {"want": want, "mask": hidden, "select": select, "drop": node.drop}
+        keys["clock"] = self._clock("encoder", node, crops)
 
         def call(signal: Tensor) -> Mapping[str, Tensor]:
             with _mode(module, node):

@@ -102,7 +102,7 @@ class Signals:
         return self._masks[name]
 
     def places(self, name: str, rows: int) -> Tensor:
-        """Flat places (r*K + k)*N + n of the tokens masked in the first rows, in the order of ``patches[mask]``; (M,)."""
+        """Flat places (r*K + k)*N + n that the first rows hide, in the order of ``patches[mask]``; (M,)."""
         if (name, rows) not in self._places:
             shown = self.inputs.masks[name][:, :rows]
             crops, _, tokens = shown.shape

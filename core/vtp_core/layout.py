@@ -67,8 +67,8 @@ class Layout:
             )  # parts divides share x every multiple
             near = sorted({max(self.batch_size // step, 1) * step, (self.batch_size // step + 1) * step})
             raise StackFault(
-                f"objectives.{name}.rows: {float(share):g} x data.batch_size {self.batch_size} = {float(rows):g} rows, which "
-                f"do not divide by {self.world} processes x {self.accumulate} micro-batches; "
+                f"objectives.{name}.rows: {float(share):g} x data.batch_size {self.batch_size} = {float(rows):g} rows, "
+                f"which do not divide by {self.world} processes x {self.accumulate} micro-batches; "
                 f"use data.batch_size={' or '.join(map(str, near))}"
             )
         return int(rows) // parts
@@ -84,8 +84,8 @@ class Layout:
             for mask, sampler in objective.masks.items():
                 if mask in found and found[mask] != sampler:
                     raise StackFault(
-                        f"mask {mask!r} is defined differently by objectives.{owners[mask]} and objectives.{name}; "
-                        "give both the same options"
+                        f"mask {mask!r} is defined differently by objectives.{owners[mask]} and "
+                        f"objectives.{name}; give both the same options"
                     )
                 found[mask] = sampler
                 owners.setdefault(mask, name)
@@ -134,7 +134,8 @@ class Layout:
         key, against = f"objectives.{name}.balance.against", keys.balance.against
         if against not in self.model.objectives or against == name:
             raise StackFault(
-                f"{key}: no other objective {against!r}{suggestion(against, set(self.model.objectives) - {name})}"
+                f"{key}: no other objective {against!r}"
+                f"{suggestion(against, set(self.model.objectives) - {name})}"
             )
         other = self.model.settings[against]
         if other.balance is not None:
@@ -161,7 +162,7 @@ class Layout:
         if adversarial and keys.critic.order == "before":
             if self.accumulate > 1:
                 raise StackFault(
-                    f"objectives.{name}.critic: order 'before' needs train.accumulate=1: the critic moves first"
+                    f"objectives.{name}.critic: order 'before' needs train.accumulate=1: it moves first"
                 )
             if keys.critic.input == "fresh":
                 raise StackFault(f"objectives.{name}.critic: input 'fresh' goes with order 'after'")
@@ -238,18 +239,18 @@ class Layout:
         return Inputs(views, {name: values[step] for name, values in inputs.fields.items()})
 
     def masks(self, inputs: Inputs, clock: StepClock, step_plan: Plan | None = None) -> dict[str, Tensor]:
-        """Masks of this micro-batch, (K, R, N) bool on the CPU, by sampler: all, or those that a plan reads."""
+        """Masks of this micro-batch by sampler, (K, R, N) bool on the CPU: all, or those that a plan reads."""
         found = {}
         for name, sampler in self.samplers.items():
             view = inputs.views.get(sampler.view)
             if view is None or (step_plan is not None and name not in step_plan.masks):
                 continue
             grid = tuple(s // p for s, p in zip(view.shape[3:], self.model.spec.patch, strict=True))
+            shape = (view.shape[1], view.shape[0], math.prod(grid))
             mask = sampler(view.shape[1], view.shape[0], grid, clock.of(f"mask/{name}"))
-            if mask.shape != (view.shape[1], view.shape[0], math.prod(grid)) or mask.dtype != torch.bool:
+            if mask.shape != shape or mask.dtype != torch.bool:
                 raise PluginFault(
-                    f"mask {name!r}: a bool tensor (K, R, N) = {(view.shape[1], view.shape[0], math.prod(grid))} is "
-                    f"wanted, not {mask.dtype} {tuple(mask.shape)}"
+                    f"mask {name!r} is {mask.dtype} {tuple(mask.shape)}; bool (K, R, N) = {shape} is wanted"
                 )
             found[name] = mask
         return found
@@ -264,4 +265,8 @@ def checked_terms(name: str, terms: Any, method: str = "forward") -> dict[str, T
         if not isinstance(value, Tensor) or value.ndim != 0:
             shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
             raise PluginFault(f"objectives.{name}: term {term!r} is {shape}, a scalar tensor is wanted")
+        if value.dtype in {torch.bfloat16, torch.float16}:
+            raise PluginFault(
+                f"objectives.{name}: term {term!r} is {value.dtype}; compute it in float32 at least"
+            )
     return terms

@@ -16,7 +16,7 @@ Turn = tuple[str, int]
 
 @dataclass(frozen=True, slots=True)
 class Node:
-    """One forward. Fields that don't matter to its kind keep their defaults, so that equal work is one node."""
+    """One forward. Fields that don't matter to its kind keep their defaults: equal work is one node."""
 
     kind: str
     view: str
@@ -97,7 +97,7 @@ class Handout:
 
     @property
     def mask(self) -> str | None:
-        """The sampler whose mask goes with it: of ``output@NAME``, else what the need names or ``any`` took."""
+        """The sampler whose mask goes with it: of ``output@NAME``, else the need's, else what ``any`` took."""
         places = (output.partition("@")[2] for output in self.outputs if "@" in output)
         named = self.need.mask if self.need.mask not in {None, "any"} else None
         return next(places, None) or named or next((n.mask for n in self.outputs.values() if n.mask), None)

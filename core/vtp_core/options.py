@@ -5,20 +5,31 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 _SHARE = re.compile(r"(\d+(?:\.\d*)?)%")
 
 
-def _step(value: int | str) -> int | str:
-    if isinstance(value, str) and not _SHARE.fullmatch(value):
-        raise ValueError('a step is an integer or a share of the run such as "37.5%"')
-    if isinstance(value, int) and value < 0:
-        raise ValueError("a step is not negative")
+def _step(value: Any) -> int | str:
+    if isinstance(value, str):
+        share = _SHARE.fullmatch(value)
+        if share is not None and float(share[1]) <= 100:
+            return value
+    elif isinstance(value, int | float) and not isinstance(value, bool):
+        if value >= 0 and float(value).is_integer():
+            return int(value)
+    raise ValueError('a step is a number of steps, or a share of the run such as "37.5%"')
+
+
+def _not_built(value: bool) -> bool:
+    if value:
+        raise ValueError("not built yet; leave it out")
     return value
 
 
-Step = Annotated[int | str, AfterValidator(_step)]
+Step = Annotated[int | str, BeforeValidator(_step)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Momentum = Annotated[float, Field(ge=0, lt=1)]
 
 
 def steps_of(value: Step, steps: int) -> int:
@@ -29,7 +40,7 @@ def steps_of(value: Step, steps: int) -> int:
 
 
 class _Keys(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, populate_by_name=True)
 
 
 class Optim(_Keys):
@@ -41,7 +52,7 @@ class Optim(_Keys):
 
     use: Literal["adamw", "adam", "sgd"] = "adamw"
     lr: float = Field(1e-3, gt=0)
-    betas: tuple[float, float] = (0.9, 0.98)
+    betas: tuple[Momentum, Momentum] = (0.9, 0.98)
     eps: float = Field(1e-6, gt=0)
     weight_decay: float = Field(0.05, ge=0)
     warmup: Step = "5%"
@@ -50,10 +61,19 @@ class Optim(_Keys):
     freeze: Step = 0
 
 
+class CriticOptim(Optim):
+    """``optim`` of a critic: the same keys with the defaults that adversarial training wants."""
+
+    betas: tuple[Momentum, Momentum] = (0.5, 0.9)
+    weight_decay: float = Field(0.0, ge=0)
+    warmup: Step = 0
+    schedule: Literal["cosine", "constant", "linear"] = "constant"
+
+
 class Teacher(_Keys):
     """``train.teacher``: momentum of the EMA teacher, by cosine from its first value to its last."""
 
-    momentum: tuple[float, float] = (0.992, 1.0)
+    momentum: tuple[Share, Share] = (0.992, 1.0)
 
 
 class Train(_Keys):
@@ -63,7 +83,7 @@ class Train(_Keys):
     seed: int = Field(0, ge=0)
     device: str = "auto"
     precision: Literal["float32", "float64", "bfloat16"] = "float32"
-    compile: bool = False
+    compile: Annotated[bool, AfterValidator(_not_built)] = False
     accumulate: int = Field(1, gt=0)
     checkpoint_every: Step = "25%"
     keep: int = Field(2, gt=0)
@@ -90,7 +110,7 @@ class Critic(_Keys):
     input: Literal["reuse", "fresh"] = "reuse"
     start: Step = 0
     weight: float = 1.0
-    optim: Optim = Optim(betas=(0.5, 0.9), weight_decay=0.0, warmup=0, schedule="constant")
+    optim: CriticOptim = CriticOptim()
 
 
 class Objective(_Keys):
@@ -119,7 +139,6 @@ class Run(_Keys):
     """``run``: where the run lives."""
 
     dir: str | None = None
-    report: bool = True
 
 
 class Probe(_Keys):
@@ -128,10 +147,27 @@ class Probe(_Keys):
     every: Step | None = None
 
 
+class Tokenizer(_Keys):
+    """``tokenizer``: modules of the tokenizer that do not train."""
+
+    frozen: tuple[str, ...] = ()
+
+
+class Generator(_Keys):
+    """Keys of ``generator`` that belong to the engine; the generator's own options stand beside them."""
+
+    path: dict[str, Any] | None = None
+    condition: str | None = None
+    drop_condition: float = Field(0.0, ge=0, lt=1)
+    ema: Annotated[Any, AfterValidator(_not_built)] = None
+    share: str | None = None
+
+
 COMPONENT_KEYS = frozenset({"use", "from", "frozen", "optim"})
 OBJECTIVE_KEYS = frozenset(Objective.model_fields) | {"optim"}
 DATA_KEYS = frozenset(Data.model_fields)
 PROBE_KEYS = frozenset(Probe.model_fields)
+GENERATOR_KEYS = frozenset(Generator.model_fields)
 
 DIALS: dict[str, dict[str, Any]] = {
     "tiny": {"lr": 1e-3, "warmup": "5%"},

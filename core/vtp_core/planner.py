@@ -29,7 +29,7 @@ GENERATED = frozenset({"prediction", "target", "noised", "u", "hidden"})
 
 
 def family(output: str) -> str:
-    """What an output's name says of its origin: ``hidden:4``, ``latent.cls`` and ``patches@block`` lose their tails."""
+    """What gives an output, by its name: ``hidden:4``, ``latent.cls`` and ``patches@block`` lose their tails."""
     name = output.partition("@")[0].partition(":")[0]
     return "latent" if name.startswith("latent.") else name
 
@@ -122,7 +122,8 @@ class _Planner:
             return self._latent(need, reader)
         if need.view in self.fields:
             raise StackFault(
-                f"objectives.{reader}: {need.view!r} is a raw field, whose only output is 'input', not {output!r}"
+                f"objectives.{reader}: {need.view!r} is a raw field, whose only output is 'input', "
+                f"not {output!r}"
             )
         if kind in ENCODED:
             return self._encode(need, reader)

@@ -1,4 +1,4 @@
-"""Nodes to stages: connected components under gradient, in an order that serves cut values after they are made."""
+"""Nodes to stages: connected components under gradient, ordered so that cut values are there when read."""
 
 from __future__ import annotations
 

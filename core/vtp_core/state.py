@@ -15,7 +15,10 @@ Parts = Mapping[str, Mapping[str, Tensor]]
 
 
 def module_state(model: Model) -> dict[str, dict[str, Tensor]]:
-    """``tokenizer``, ``generator``, ``modules/<name>``, ``objectives/<name>``: a module with several users is saved once."""
+    """``tokenizer``, ``generator``, ``modules/<name>``, ``objectives/<name>``.
+
+    A module with several users is saved once.
+    """
     tokenizer: dict[str, Tensor] = {}
     for name, module in model.tokenizer_modules().items():
         tokenizer |= {f"{name}.{key}": value for key, value in module.state_dict().items()}
@@ -34,7 +37,7 @@ def _others(model: Model) -> dict[str, nn.Module]:
 
 
 def shared_keys(model: Model, module: nn.Module) -> tuple[str, ...]:
-    """Prefixes of a module's keys that another part saves: of the tokenizer and of the stack's ``modules``."""
+    """Prefixes of a module's keys that another part saves: the tokenizer's, the stack's ``modules``'."""
     owned = {id(m) for m in (*model.tokenizer_modules().values(), *model.shared.values()) if m is not module}
     inner = module.named_modules(remove_duplicate=False)
     return tuple(f"{name}." for name, child in inner if name and id(child) in owned)
@@ -74,7 +77,7 @@ def _fill(
 
 
 def shadowed(model: Model) -> dict[str, nn.Module]:
-    """Modules that need an EMA copy: the encoder and bottleneck if a need reads ``ema``, and every ``shadow``."""
+    """Modules that need an EMA copy: encoder and bottleneck if a need reads them, and every ``shadow``."""
     found: dict[str, nn.Module] = {}
     needs = [need for objective in model.objectives.values() for need in objective.needs.values()]
     wants = {family(output) for need in needs if need.source == "ema" for output in need.want}

@@ -44,7 +44,7 @@ class EMATeacher:
 
     @torch.no_grad()
     def update(self, momentum: float) -> None:
-        """theta_t <- m theta_t + (1 - m) theta_s over parameters; buffers stay (arXiv 2512.13687, eq. 8 of specs/vtp.md)."""
+        """theta_t <- m theta_t + (1 - m) theta_s over parameters; buffers stay (arXiv 2304.07193)."""
         if self._teacher:
             student = [
                 s if s.dtype == t.dtype else s.to(t.dtype)

@@ -66,6 +66,7 @@ class Training:
     """One run in progress; every attribute is built in the constructor, nothing runs there."""
 
     def __init__(self, stack: Stack, resume: Path | None = None) -> None:
+        self.began = time.perf_counter()
         self.stack, self.keys = stack, stack.train
         self.device = device_of(self.keys.device)
         distributed.start(self.device)
@@ -304,6 +305,7 @@ class Training:
         self.directory.mark("finished", step=self.engine.steps_done)
         pages = self.engine.plugins.hook.vtp_finish(run=self.directory.path)
         self.report = next((page for page in pages if page is not None), None)
+        self.directory.mark("finished", seconds=round(time.perf_counter() - self.began, 1))
 
 
 def as_row(reading: Reading) -> dict[str, Any]:

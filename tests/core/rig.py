@@ -42,7 +42,11 @@ def stack_of(objectives: Mapping[str, Any], **sections: Any) -> Stack:
 
 
 def engine_of(
-    objectives: Mapping[str, Any], batch: int = 8, provided: frozenset[str] = frozenset(), hooks: Any = None, **sections: Any
+    objectives: Mapping[str, Any],
+    batch: int = 8,
+    provided: frozenset[str] = frozenset(),
+    hooks: Any = None,
+    **sections: Any,
 ) -> Engine:
     stack = stack_of(objectives, **sections)
     return Engine(built(stack), stack.train, batch, hooks=hooks, provided=provided)
@@ -63,9 +67,13 @@ def batch_of(engine: Engine, seed: int = 0) -> Inputs:
         shape: tuple[int, ...] = (spec.signal_channels, *spec.size)
         if name in engine.model.views:
             crops = engine.model.views[name].crops
-            views[name] = dealt(torch.randn(layout.batch_size, *([crops] if crops else []), *shape), world, rank)[:rows]
+            views[name] = dealt(
+                torch.randn(layout.batch_size, *([crops] if crops else []), *shape), world, rank
+            )[:rows]
         elif name == "latent":
-            fields[name] = dealt(torch.randn(layout.batch_size, spec.channels, *spec.grid), world, rank)[:rows]
+            fields[name] = dealt(torch.randn(layout.batch_size, spec.channels, *spec.grid), world, rank)[
+                :rows
+            ]
         else:
             fields[name] = dealt(torch.randint(spec.classes, (layout.batch_size,)), world, rank)[:rows]
     return Inputs({name: view.double() for name, view in views.items()}, fields)
@@ -82,7 +90,11 @@ def run(engine: Engine, steps: int, first: int = 0) -> list[dict[str, float]]:
 
 def weights(engine: Engine) -> dict[str, Tensor]:
     """A copy of everything that a checkpoint would hold."""
-    return {f"{part}/{key}": value.clone() for part, tensors in engine.state().items() for key, value in tensors.items()}
+    return {
+        f"{part}/{key}": value.clone()
+        for part, tensors in engine.state().items()
+        for key, value in tensors.items()
+    }
 
 
 def gradients(engine: Engine, inputs: Inputs) -> tuple[dict[str, Tensor], dict[str, float]]:
@@ -92,7 +104,9 @@ def gradients(engine: Engine, inputs: Inputs) -> tuple[dict[str, Tensor], dict[s
 
     def catch(index: int) -> None:
         for owner, module in engine.model.modules().items():
-            caught.update({f"{owner}.{n}": p.grad.clone() for n, p in module.named_parameters() if p.grad is not None})
+            caught.update(
+                {f"{owner}.{n}": p.grad.clone() for n, p in module.named_parameters() if p.grad is not None}
+            )
         step(index)
 
     engine.optimizers.step = catch  # type: ignore[method-assign]
@@ -105,4 +119,6 @@ def close(a: Mapping[str, Tensor], b: Mapping[str, Tensor], tolerance: float = 1
     """Equal keys and values."""
     assert a.keys() == b.keys(), a.keys() ^ b.keys()
     for key in a:
-        torch.testing.assert_close(a[key], b[key], rtol=tolerance, atol=tolerance, msg=lambda m, k=key: f"{k}: {m}")
+        torch.testing.assert_close(
+            a[key], b[key], rtol=tolerance, atol=tolerance, msg=lambda m, k=key: f"{k}: {m}"
+        )

@@ -22,7 +22,9 @@ def dino_family() -> list[Reader]:
     teacher = Need("global", "cls", "ema", None)
     masked = Need("global", "patches@block", mask="block")
     return [
-        Reader("dino", {"student": Need("global", "cls"), "teacher": teacher, "local": Need("local", "cls")}, 4),
+        Reader(
+            "dino", {"student": Need("global", "cls"), "teacher": teacher, "local": Need("local", "cls")}, 4
+        ),
         Reader("ibot", {"student": masked, "teacher": Need("global", "patches@block", "ema", None)}, 4),
         Reader("koleo", {"student": Need("global", "cls")}, 2),
     ]
@@ -58,7 +60,9 @@ def test_a_need_without_mask_has_a_forward_of_its_own() -> None:
 def test_any_between_two_masks_is_an_error_that_names_both() -> None:
     readers = [Reader(n, {"x": Need("global", "cls", mask=n)}, 4) for n in ("one", "two")]
     assert len(kinds(planned(*readers), "encode")) == 2
-    with pytest.raises(StackFault, match=r"objectives.three takes any mask.*'one' \(objectives.one\) and 'two'"):
+    with pytest.raises(
+        StackFault, match=r"objectives.three takes any mask.*'one' \(objectives.one\) and 'two'"
+    ):
         planned(*readers, Reader("three", {"x": Need("global", "cls")}, 4))
 
 
@@ -76,7 +80,11 @@ def test_teachers_forget_drop_path_and_frozen_modules_run_in_eval_mode() -> None
 
 def test_drop_path_of_its_own_is_a_forward_of_its_own() -> None:
     found = planned(*[Reader(f"d{d}", {"x": Need("image", "cls", drop=d)}, 4) for d in (None, 0.0, 0.3)])
-    assert kinds(found, "encode") == ["encoder(image)", "encoder(image, drop 0.0)", "encoder(image, drop 0.3)"]
+    assert kinds(found, "encode") == [
+        "encoder(image)",
+        "encoder(image, drop 0.0)",
+        "encoder(image, drop 0.3)",
+    ]
 
 
 def test_stages_are_split_by_cut_inputs_and_ordered_by_them() -> None:
@@ -95,7 +103,9 @@ def test_nothing_is_live_that_only_cut_inputs_read() -> None:
 
 def test_an_uncut_latent_joins_the_generator_to_the_tokenizer() -> None:
     uncut = Need("image", {"prediction", "target"}, "generator", None)
-    found = planned(Reader("flow", {"x": uncut}, 4), Reader("rebuild", {"x": Need("image", "decoded", mask=None)}, 4))
+    found = planned(
+        Reader("flow", {"x": uncut}, 4), Reader("rebuild", {"x": Need("image", "decoded", mask=None)}, 4)
+    )
     assert [stage.readers for stage in found.stages] == [("flow", "rebuild")]
     assert len(kinds(found, "bottleneck")) == 1
 
@@ -113,32 +123,52 @@ def test_through_passes_gradient_and_a_cut_after_it_leaves_nothing_live() -> Non
 
 def test_the_mode_of_a_generator_need_is_the_generators_alone() -> None:
     evaluated = Need("image", "hidden:1", "generator", None, mode="eval", through=("generator",))
-    found = planned(Reader("align", {"x": evaluated}, 4), Reader("rebuild", {"x": Need("image", "decoded", mask=None)}, 4))
+    found = planned(
+        Reader("align", {"x": evaluated}, 4), Reader("rebuild", {"x": Need("image", "decoded", mask=None)}, 4)
+    )
     assert kinds(found, "encode") == ["encoder(image)"]
     assert "generator(image, no gradient to its parameters, eval)" in kinds(found, "generate")
 
 
 def test_a_balance_reference_joins_stages() -> None:
-    readers = [Reader("a", {"x": Need("image", "decoded")}, 4), Reader("b", {"x": Need("other", "decoded")}, 4, against="a")]
+    readers = [
+        Reader("a", {"x": Need("image", "decoded")}, 4),
+        Reader("b", {"x": Need("other", "decoded")}, 4, against="a"),
+    ]
     assert [stage.readers for stage in planned(*readers).stages] == [("a", "b")]
 
 
 def test_repeats_redraw_the_generator_and_share_the_latent() -> None:
-    found = planned(Reader("flow", {"x": FLOW}, 4, repeat=3), Reader("rebuild", {"x": Need("image", "decoded", mask=None)}, 4))
+    found = planned(
+        Reader("flow", {"x": FLOW}, 4, repeat=3),
+        Reader("rebuild", {"x": Need("image", "decoded", mask=None)}, 4),
+    )
     assert [node.draw for node in found.demands if node.kind == "generate"] == ["main", "main#1", "main#2"]
     assert len(kinds(found, "bottleneck")) == 1
     # every pass is a stage of its own, so that memory does not grow with the repeats
-    assert [stage.turns for stage in found.stages] == [(("rebuild", 0),), *[((("flow", i),)) for i in range(3)]]
+    assert [stage.turns for stage in found.stages] == [
+        (("rebuild", 0),),
+        *[((("flow", i),)) for i in range(3)],
+    ]
 
 
 def test_stages_that_read_each_others_cut_values_run_together() -> None:
-    a = {"x": Need("a", "decoded", mask=None), "y": Need("b", "decoded", mask=None, cut=("latent",), through=("decoder",))}
-    b = {"x": Need("b", "decoded", mask=None), "y": Need("a", "decoded", mask=None, cut=("latent",), through=("decoder",))}
+    a = {
+        "x": Need("a", "decoded", mask=None),
+        "y": Need("b", "decoded", mask=None, cut=("latent",), through=("decoder",)),
+    }
+    b = {
+        "x": Need("b", "decoded", mask=None),
+        "y": Need("a", "decoded", mask=None, cut=("latent",), through=("decoder",)),
+    }
     assert [s.readers for s in planned(Reader("a", a, 4), Reader("b", b, 4)).stages] == [("a", "b")]
 
 
 def test_supplied_latents_need_no_encoder() -> None:
-    readers = [Reader("flow", {"x": FLOW}, 4), Reader("rebuild", {"x": Need("image", {"decoded", "input"})}, 4)]
+    readers = [
+        Reader("flow", {"x": FLOW}, 4),
+        Reader("rebuild", {"x": Need("image", {"decoded", "input"})}, 4),
+    ]
     found = planned(*readers, provided=frozenset({"latent"}), fields=frozenset({"latent"}))
     assert not kinds(found, "encode")
     assert not kinds(found, "bottleneck")
@@ -152,7 +182,10 @@ def test_only_learners_make_nodes_live() -> None:
 
 
 def test_one_forward_serves_as_many_rows_as_its_largest_reader_wants() -> None:
-    readers = [Reader("a", {"x": Need("image", "patches")}, 2), Reader("b", {"x": Need("image", "latent")}, 8)]
+    readers = [
+        Reader("a", {"x": Need("image", "patches")}, 2),
+        Reader("b", {"x": Need("image", "latent")}, 8),
+    ]
     encode = next(node for node in planned(*readers).demands if node.kind == "encode")
     assert planned(*readers).demands[encode].rows == {"patches": 8}
 

@@ -16,6 +16,11 @@ from vtp_plugins.spec import Spec
 Got = Mapping[str, Outputs]
 
 
+def wide(x: Tensor) -> Tensor:
+    """In float32 at least."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 class Read(Objective):
     """The mean squared distance of any output from `aim`: a need with all its options in the stack."""
 
@@ -44,7 +49,7 @@ class Read(Objective):
         self.needs = {"x": Need(view, want, source, mask, drop, mode, through, cut, draw)}
 
     def forward(self, got: Got, clock: Clock) -> dict[str, Tensor]:
-        return {"distance": (got["x"][self.want] - self.aim).square().mean()}
+        return {"distance": (wide(got["x"][self.want]) - self.aim).square().mean()}
 
 
 class Rebuild(Objective):
@@ -56,8 +61,8 @@ class Rebuild(Objective):
         self.needs = {"x": Need(view, {"decoded", "input"}, mask=None)}
 
     def forward(self, got: Got, clock: Clock) -> dict[str, Tensor]:
-        off = got["x"]["decoded"] - got["x"]["input"]
-        return {"l2": off.square().mean(), "bias": off.mean().square()}
+        off = wide(got["x"]["decoded"]) - wide(got["x"]["input"])
+        return {"l2": off.square().mean(), "l1": off.abs().mean()}
 
 
 class Head(nn.Linear):
@@ -80,10 +85,10 @@ class Distil(Objective):
         self.register_buffer("centre", torch.zeros(7))
 
     def forward(self, got: Got, clock: Clock) -> dict[str, Tensor]:
-        scores = self.ema("head")(got["teacher"][self.on]).detach()
+        scores = wide(self.ema("head")(got["teacher"][self.on])).detach()
         target = (scores - self.centre).softmax(-1)
-        self.pending["sum"] = scores.flatten(0, -2).mean(0).to(self.centre.dtype)
-        return {"match": -(target * self.head(got["student"][self.on]).log_softmax(-1)).sum(-1).mean()}
+        self.pending["sum"] = wide(scores.flatten(0, -2)).mean(0)
+        return {"match": -(target * wide(self.head(got["student"][self.on])).log_softmax(-1)).sum(-1).mean()}
 
     def settle(self, clock: Clock) -> None:
         mean = clock.total(self.pending["sum"]) / clock.world
@@ -96,7 +101,9 @@ class Masked(Objective):
 
     shadow = ("head",)
 
-    def __init__(self, spec: Spec, *, head: nn.Module | None = None, crops: int = 2, on: str = "patches") -> None:
+    def __init__(
+        self, spec: Spec, *, head: nn.Module | None = None, crops: int = 2, on: str = "patches"
+    ) -> None:
         super().__init__()
         self.head, self.on = head or Head(spec), f"{on}@some"
         self.views, self.masks = {"global": Whole(crops=crops)}, {"some": Some("global")}
@@ -106,8 +113,8 @@ class Masked(Objective):
         }
 
     def forward(self, got: Got, clock: Clock) -> dict[str, Tensor]:
-        target = self.ema("head")(got["teacher"][self.on]).detach().softmax(-1)
-        each = -(target * self.head(got["student"][self.on]).log_softmax(-1)).sum(-1)  # (M,)
+        target = wide(self.ema("head")(got["teacher"][self.on])).detach().softmax(-1)
+        each = -(target * wide(self.head(got["student"][self.on])).log_softmax(-1)).sum(-1)  # (M,)
         count = clock.total(torch.tensor(float(len(each)), dtype=each.dtype))
         return {"match": each.sum() * clock.world / count}
 
@@ -117,7 +124,9 @@ class Contrast(Objective):
 
     coupled = True
 
-    def __init__(self, spec: Spec, *, on: str = "cls", view: str = "global", crops: int = 2, draws: bool = False) -> None:
+    def __init__(
+        self, spec: Spec, *, on: str = "cls", view: str = "global", crops: int = 2, draws: bool = False
+    ) -> None:
         super().__init__()
         self.on, self.draws = on, draws
         self.scale = nn.Parameter(torch.ones(()))
@@ -125,11 +134,13 @@ class Contrast(Objective):
         self.needs = {"x": Need(view, on)}
 
     def forward(self, got: Got, clock: Clock) -> dict[str, Tensor]:
-        x = got["x"][self.on].transpose(0, 1).flatten(1)  # (K, R, D) -> (R, K D)
+        x = wide(got["x"][self.on]).transpose(0, 1).flatten(1)  # (K, R, D) -> (R, K D)
         if self.draws:
             x = x + 0.1 * clock.normal("noise", *x.shape).to(x)
         everyone = clock.gather(x)
-        scores = self.scale * x @ everyone.T  # (R, W R)
+        scores = wide(
+            self.scale * (x[:, None] * everyone).sum(-1)
+        )  # (R, W R); no matmul, which autocast would round
         own = scores.diagonal(clock.rank * len(x))
         return {"pairs": (scores.logsumexp(1) - own).mean()}
 
@@ -137,13 +148,15 @@ class Contrast(Objective):
 class Flow(Objective):
     """The generator's loss; its latent is cut."""
 
-    def __init__(self, spec: Spec, *, cut: tuple[str, ...] = ("latent",), draw: str = "main", view: str = "image") -> None:
+    def __init__(
+        self, spec: Spec, *, cut: tuple[str, ...] = ("latent",), draw: str = "main", view: str = "image"
+    ) -> None:
         super().__init__()
         self.views = {view: Whole()}
         self.needs = {"x": Need(view, {"prediction", "target"}, "generator", None, cut=cut, draw=draw)}
 
     def forward(self, got: Got, clock: Clock) -> dict[str, Tensor]:
-        return {"flow": (got["x"]["prediction"] - got["x"]["target"]).square().mean()}
+        return {"flow": (wide(got["x"]["prediction"]) - wide(got["x"]["target"])).square().mean()}
 
 
 class Align(Objective):
@@ -168,7 +181,9 @@ class Align(Objective):
         }
 
     def forward(self, got: Got, clock: Clock) -> dict[str, Tensor]:
-        return {"align": (self.projector(got["x"]["hidden:1"]) - got["to"]["patches"]).square().mean()}
+        return {
+            "align": (wide(self.projector(got["x"]["hidden:1"])) - wide(got["to"]["patches"])).square().mean()
+        }
 
 
 class Fool(AdversarialObjective):
@@ -183,10 +198,10 @@ class Fool(AdversarialObjective):
         self.needs = {"x": Need("image", {"decoded", "input"}, mask=None)}
 
     def forward(self, got: Got, clock: Clock) -> dict[str, Tensor]:
-        return {"fool": (self.critic(got["x"]["decoded"].flatten(2)) - 1).square().mean()}
+        return {"fool": (wide(self.critic(got["x"]["decoded"].flatten(2))) - 1).square().mean()}
 
     def critique(self, got: Got, clock: Clock) -> dict[str, Tensor]:
-        real, fake = (self.critic(got["x"][name].flatten(2)) for name in ("input", "decoded"))
+        real, fake = (wide(self.critic(got["x"][name].flatten(2))) for name in ("input", "decoded"))
         return {"real": (real - 1).square().mean(), "fake": fake.square().mean()}
 
 
@@ -201,9 +216,11 @@ class Sick(Objective):
 
     def forward(self, got: Got, clock: Clock) -> dict[str, Tensor]:
         self.pending["count"] = torch.ones(())
-        value = got["x"]["cls"].square().mean()
+        value = wide(got["x"]["cls"]).square().mean()
         if clock.step == self.at:
-            value = (value * 0).sqrt() if self.gradient else value * torch.nan  # d sqrt(0) is infinite, times 0
+            value = (
+                (value * 0).sqrt() if self.gradient else value * torch.nan
+            )  # d sqrt(0) is infinite, times 0
         return {"sick": value}
 
     def settle(self, clock: Clock) -> None:

@@ -38,7 +38,14 @@ class Patches(nn.Module):
     """A linear patch embedding and `depth` layers of tanh, over any number of axes; counts its calls."""
 
     def __init__(
-        self, spec: Spec, *, patch: int = 4, image_size: int = 8, width: int = 6, depth: int = 2, jitter: float = 0.0
+        self,
+        spec: Spec,
+        *,
+        patch: int = 4,
+        image_size: int = 8,
+        width: int = 6,
+        depth: int = 2,
+        jitter: float = 0.0,
     ) -> None:
         super().__init__()
         axes = len(spec.size)
@@ -60,7 +67,9 @@ class Patches(nn.Module):
         drop: float | None = None,
         clock: Clock | None = None,
     ) -> dict[str, Tensor]:
-        self.calls.append({"want": dict(want or {}), "rows": len(x), "masked": mask is not None, "training": self.training})
+        self.calls.append(
+            {"want": dict(want or {}), "rows": len(x), "masked": mask is not None, "training": self.training}
+        )
         tokens = self.embed(cells(x, self.patch))  # (B, N, D)
         if mask is not None:
             tokens = torch.where(mask[..., None], self.mask_token, tokens)
@@ -169,7 +178,12 @@ class Denoiser(nn.Module):
         self.calls: list[frozenset[str]] = []
 
     def forward(
-        self, x: Tensor, u: Tensor | None, condition: Any, want: frozenset[str] = frozenset({"prediction"}), state: Any = None
+        self,
+        x: Tensor,
+        u: Tensor | None,
+        condition: Any,
+        want: frozenset[str] = frozenset({"prediction"}),
+        state: Any = None,
     ) -> dict[str, Tensor]:
         self.calls.append(want)
         grid = x.shape[2:]
@@ -195,7 +209,11 @@ class Whole:
 
     def __call__(self, value: Any) -> Tensor:
         x = torch.as_tensor(value)
-        return x if self.crops is None else torch.stack([x + 0.1 * torch.randn(x.shape).to(x) for _ in range(self.crops)])
+        return (
+            x
+            if self.crops is None
+            else torch.stack([x + 0.1 * torch.randn(x.shape).to(x) for _ in range(self.crops)])
+        )
 
 
 class WholeView(Whole):

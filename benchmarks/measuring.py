@@ -1,0 +1,100 @@
+"""What the benchmarks measure with: a stack's engine on random batches, alternating clocks, allocated bytes."""
+
+from __future__ import annotations
+
+import gc
+import random
+import resource
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from vtp_core import load_stack
+from vtp_core.build import blueprint, build
+from vtp_core.engine import Engine
+from vtp_core.forwards import Inputs
+
+WORDS = "a smiling face with heart eyes red cat waving hand of the woman running clock at two o'clock flag".split()
+PLAIN = ["objectives.reconstruction.trunk=random", "objectives.reconstruction.allow_random_trunk=true"]
+
+
+def engine_of(stack: str, overrides: Sequence[str] = ()) -> Engine:
+    """The engine of a stack, without data, hooks and outside weights."""
+    loaded = load_stack(stack, [*overrides])
+    return Engine(build(blueprint(loaded)), loaded.train, loaded.data.batch_size)
+
+
+def batch_of(engine: Engine, seed: int = 0) -> Inputs:
+    """A batch of noise in the shapes that the engine asks its loader for; captions are words."""
+    torch.manual_seed(seed)
+    draw, spec, views = random.Random(seed), engine.model.spec, {}
+    for name, rows in sorted(engine.layout.rows_by_view().items()):
+        view = engine.model.views[name]
+        if view.field == "text":
+            captions = [" ".join(draw.choices(WORDS, k=draw.randint(2, 7))) for _ in range(rows)]
+            views[name] = torch.stack([view(caption) for caption in captions])  # (R, L)
+        else:
+            shape = view(torch.zeros(spec.signal_channels, *spec.size, dtype=torch.uint8)).shape
+            views[name] = torch.randint(256, (rows, *shape), dtype=torch.uint8)
+    return Inputs(views, {})
+
+
+def seconds(call: Callable[[], Any]) -> float:
+    """Wall time of one call."""
+    began = time.perf_counter()
+    call()
+    return time.perf_counter() - began
+
+
+def alternating(calls: Sequence[Callable[[], Any]], rounds: int, warm: int = 2) -> list[list[float]]:
+    """Seconds of every call by round; calls take turns, so that what else the machine does meets all of them."""
+    for _ in range(warm):
+        for call in calls:
+            call()
+    return [[seconds(call) for call in calls] for _ in range(rounds)]
+
+
+def median_ratio(rows: Sequence[Sequence[float]], over: int = 0, under: int = 1) -> float:
+    """Median over rounds of the ratio of two calls."""
+    return statistics.median(row[over] / row[under] for row in rows)
+
+
+def gemm_rate(side: int = 2048, rounds: int = 5) -> float:
+    """FLOP/s of the best of several large matrix products."""
+    a, b, c = (torch.randn(side, side) for _ in range(3))
+    return float(2 * side**3 / min(seconds(lambda: torch.mm(a, b, out=c)) for _ in range(rounds)))
+
+
+def peak_bytes(call: Callable[[], Any]) -> int:
+    """Most bytes of CPU tensors that a call held at once, beyond what was there before it."""
+    gc.collect()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+        call()
+    assert record.profiler is not None and record.profiler.kineto_results is not None
+    found = [e for e in record.profiler.kineto_results.events() if e.name() == "[memory]"]
+    held = peak = 0
+    for event in sorted(found, key=lambda e: e.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return peak
+
+
+def resident() -> int:
+    """Bytes of this process that are in memory."""
+    return int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[1]) * resource.getpagesize()
+
+
+def resident_peak(call: Callable[[], Any]) -> int:
+    """Growth of this process's memory to its highest point in a call; for fresh processes."""
+    gc.collect()
+    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # forget the peak so far
+    before = resident()
+    call()
+    status = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    peak = next(int(line.split()[1]) for line in status if line.startswith("VmHWM:"))
+    return peak * 1024 - before
