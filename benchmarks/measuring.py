@@ -64,10 +64,10 @@ def median_ratio(rows: Sequence[Sequence[float]], over: int = 0, under: int = 1)
     return statistics.median(row[over] / row[under] for row in rows)
 
 
-def gemm_rate(side: int = 2048, rounds: int = 5) -> float:
-    """FLOP/s of the best of several large matrix products."""
-    a, b, c = (torch.randn(side, side) for _ in range(3))
-    return float(2 * side**3 / min(seconds(lambda: torch.mm(a, b, out=c)) for _ in range(rounds)))
+def product(rows: int, inner: int, columns: int) -> Callable[[], Any]:
+    """A matrix product to be timed, of 2 * rows * inner * columns FLOP."""
+    a, b, c = torch.randn(rows, inner), torch.randn(inner, columns), torch.empty(rows, columns)
+    return lambda: torch.mm(a, b, out=c)
 
 
 def peak_bytes(call: Callable[[], Any]) -> int:

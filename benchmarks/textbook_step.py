@@ -10,6 +10,7 @@ from benchmarks.textbook import Textbook
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from vtp_core.clock import StepClock
 from vtp_core.engine import Engine
 from vtp_core.forwards import Inputs
 from vtp_core.optim import rate_at
@@ -88,7 +89,8 @@ class Step:
     def understanding(self, inputs: Inputs) -> dict[str, Tensor]:
         """DINO, iBOT and KoLeo on the student's and the teacher's passes over the crops."""
         views, book, model = inputs.views, self.book, self.engine.model
-        clock = self.engine._clock(0)
+        keys = self.engine.train_keys
+        clock = StepClock(keys.seed, self.steps_done, keys.steps)
         rows, count = views["global"].shape[:2]
         mask = self.engine.layout.masks(inputs, clock)["block"].flatten(0, 1)  # (K, R, N) -> (K R, N)
         crops, small = normalised(views["global"]), normalised(views["local"])

@@ -145,12 +145,18 @@ class FakeBatch:
         self._inputs: dict[str, Any] = {}
         self._masks: dict[str, Tensor] = {}
 
-    def got(self, clock: FakeClock) -> dict[str, Outputs]:
-        """What the process of ``clock`` is handed: global row i belongs to process i mod W."""
-        return {slot: self._outputs(slot, need, clock) for slot, need in self.objective.needs.items()}
+    def got(self, clock: FakeClock, part: int = 0, parts: int = 1) -> dict[str, Outputs]:
+        """What the process of ``clock`` is handed: global row i belongs to process i mod W.
 
-    def _outputs(self, slot: str, need: Need, clock: FakeClock) -> Outputs:
-        own = slice(clock.rank, None, clock.world)
+        Args:
+            clock: of the process.
+            part: index of the micro-batch; row j of a process belongs to micro-batch j mod A.
+            parts: A.
+        """
+        own = slice(clock.rank + clock.world * part, None, clock.world * parts)
+        return {slot: self._outputs(slot, need, own) for slot, need in self.objective.needs.items()}
+
+    def _outputs(self, slot: str, need: Need, own: slice) -> Outputs:
         values = {
             output: self._dealt(self._whole(need, output), need, output, own) for output in sorted(need.want)
         }
@@ -180,7 +186,9 @@ class FakeBatch:
                 torch.manual_seed(zlib.crc32(view.encode()))
                 values = raw if made is None else [made(value) for value in raw]
             stacked: Any = torch.stack(values) if isinstance(values[0], Tensor) else values
-            if made is not None and made.crops is not None:
+            if made is None and self._crops(view):  # a view that somebody else brings
+                stacked = stacked[None]  # (R, ...) -> (1, R, ...)
+            elif made is not None and made.crops is not None:
                 stacked = stacked.transpose(0, 1)  # (R, K, ...) -> (K, R, ...)
             self._inputs[view] = self._normalised(stacked)
         return self._inputs[view]

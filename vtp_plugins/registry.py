@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
 import importlib.util
 import re
 import sys
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -44,12 +45,14 @@ class Entry:
         name: the name a stack uses.
         target: ``module:Class``, or a package for stacks.
         distribution: who brings it, with the version.
+        loaded: the class of a single-file plugin, whose code has run already.
     """
 
     kind: str
     name: str
     target: str
     distribution: str
+    loaded: Any = field(default=None, repr=False, compare=False)
 
     def load(self) -> Any:
         """Import the target.
@@ -57,6 +60,8 @@ class Entry:
         Raises:
             PluginFault: the import fails, whatever it raises.
         """
+        if self.loaded is not None:
+            return self.loaded
         module, _, attribute = self.target.partition(":")
         try:
             loaded: Any = importlib.import_module(module)
@@ -75,43 +80,54 @@ class Registry:
 
     Args:
         files: Python files with a module-level ``PLUGINS = {"objectives": {"mine": Mine}}``.
+
+    Attributes:
+        files: the same, as paths.
     """
 
     def __init__(self, files: Iterable[Path | str] = ()) -> None:
+        self.files = tuple(Path(file) for file in files)
         self._entries: dict[tuple[str, str], list[Entry]] = {}
         self._scan()
-        for file in files:
-            self._add_file(Path(file))
+        for file in self.files:
+            self._add_file(file)
 
     def _scan(self) -> None:
         seen: set[str] = set()
         for distribution in importlib.metadata.distributions():
             name = distribution.metadata["Name"]
-            if name in seen:  # found twice on the path; the first is what an import finds
+            if not name:  # what is left of a removal that went wrong
                 continue
-            seen.add(name)
-            for point in distribution.entry_points:
+            plain = re.sub(r"[-_.]+", "-", name).lower()
+            if plain in seen:  # found twice on the path; the first is what an import finds
+                continue
+            seen.add(plain)
+            for point in _points(distribution):
                 prefix, _, kind = point.group.partition(".")
                 if prefix == "vtp_plugins" and kind in KINDS:
                     entry = Entry(kind, point.name, point.value, f"{name} {distribution.version}")
                     self._entries.setdefault((kind, point.name), []).append(entry)
 
     def _add_file(self, path: Path) -> None:
-        module = _module_of(path)
-        plugins = getattr(module, "PLUGINS", None)
-        if not isinstance(plugins, dict):
-            raise PluginFault(f'{path}: no PLUGINS; write PLUGINS = {{"objectives": {{"name": Class}}}}')
+        plugins = getattr(_module_of(path), "PLUGINS", None)
+        if not isinstance(plugins, dict) or not all(
+            isinstance(classes, dict) for classes in plugins.values()
+        ):
+            raise PluginFault(f'--plugin {path}: write PLUGINS = {{"objectives": {{"name": Class}}}}')
         for kind, classes in plugins.items():
             if kind not in KINDS:
-                raise PluginFault(f"{path}: unknown kind {kind!r}{suggestion(kind, KINDS)}")
+                raise PluginFault(f"--plugin {path}: unknown kind {kind!r}{suggestion(str(kind), KINDS)}")
             for name, cls in classes.items():
-                target = f"{module.__name__}:{cls.__qualname__}"
-                self._entries.setdefault((kind, name), []).append(Entry(kind, name, target, f"{path} (file)"))
+                target = f"{path}:{getattr(cls, '__qualname__', cls)}"
+                entry = Entry(kind, name, target, f"{path} (file)", cls)
+                self._entries.setdefault((kind, name), []).append(entry)
 
     def entries(self, kind: str | None = None) -> list[Entry]:
         """Everything installed of a kind, or of all kinds, by name; doubled names appear twice."""
         found = [entry for entries in self._entries.values() for entry in entries]
-        return sorted((e for e in found if kind in (None, e.kind)), key=lambda e: (KINDS.index(e.kind), e.name))
+        return sorted(
+            (e for e in found if kind in (None, e.kind)), key=lambda e: (KINDS.index(e.kind), e.name)
+        )
 
     def names(self, kind: str) -> list[str]:
         """Names of a kind."""
@@ -131,7 +147,8 @@ class Registry:
         """
         where = f"{key}: " if key else ""
         if not isinstance(name, str) or not _NAME.fullmatch(name):
-            raise StackFault(f"{where}{name!r} is no name of a component; names resolve through the registry only")
+            near = suggestion(str(name), self.names(kind))
+            raise StackFault(f"{where}{name!r} is no name; names resolve through the registry only{near}")
         entries = self._entries.get((kind, name), [])
         if not entries:
             raise StackFault(f"{where}no {kind} {name!r} is installed{suggestion(name, self.names(kind))}")
@@ -145,11 +162,22 @@ class Registry:
         return self.find(kind, name, key).load()
 
 
+def _points(distribution: importlib.metadata.Distribution) -> Iterable[importlib.metadata.EntryPoint]:
+    """Its entry points; none where the file cannot be read, which breaks nobody else."""
+    try:
+        return distribution.entry_points
+    except (OSError, ValueError):
+        return ()
+
+
 def _module_of(path: Path) -> ModuleType:
     """Import a single-file plugin under a name of its own."""
-    if not path.is_file():
-        raise PluginFault(f"--plugin {path}: no such file")
-    name = f"vtp_file_{re.sub(r'[^a-z0-9_]', '_', path.stem.lower())}"
+    if not path.is_file() or path.suffix != ".py":
+        raise PluginFault(
+            f"--plugin {path}: no such file" if not path.is_file() else f"--plugin {path}: no .py file"
+        )
+    place = hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:8]
+    name = f"vtp_file_{re.sub(r'[^a-z0-9_]', '_', path.stem.lower())}_{place}"
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)

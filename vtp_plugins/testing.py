@@ -67,6 +67,7 @@ class _Check:
         self.forward_is_pure()
         self.gradient_arrives()
         self.settles()
+        self.adds_up()
         self.reloads()
         self.masks_are_dealt()
         self.processes_agree()
@@ -137,9 +138,7 @@ class _Check:
         for slot, need in objective.needs.items():
             for output in sorted(need.want):
                 if (slot, output) not in batch.read:
-                    self.fail(
-                        f"need {slot!r} wants {output!r}, which forward never reads; leave it out, it costs time"
-                    )
+                    self.fail(f"need {slot!r} wants {output!r}, which forward never reads; leave it out")
 
     def forward_is_pure(self) -> None:
         """Two calls with one clock agree, and change nothing but ``pending``."""
@@ -171,11 +170,11 @@ class _Check:
         objective = self.copy()
         batch = FakeBatch(objective, self.spec, ROWS, torch.float64)
         found = gradients([self.losses(objective, FakeClock(), batch)], [objective], batch)
-        if not any(grad.abs().sum() > 0 for grad in found.values()):
-            self.fail("no gradient reaches a parameter or an output of the student; is something detached?")
         for key, grad in found.items():
             if not torch.isfinite(grad).all():
                 self.fail(f"the gradient of {key} is not finite on random outputs of scale 1")
+        if not any(grad.abs().sum() > 0 for grad in found.values()):
+            self.fail("no gradient reaches a parameter or an output of the student; is something detached?")
 
     # ---- state
 
@@ -189,6 +188,23 @@ class _Check:
                 f"settle leaves {sorted(objective.pending)} in pending; end it with super().settle(clock)"
             )
 
+    def adds_up(self) -> None:
+        """Micro-batches and repeats call forward several times before one ``settle``."""
+        whole, halves = self.copy(), self.copy()
+        batch = FakeBatch(whole, self.spec, ROWS, torch.float64)
+        whole(batch.got(FakeClock()), FakeClock())
+        if self.objective.coupled or not whole.pending:
+            return
+        for part in range(2):
+            halves(batch.got(FakeClock(), part, 2), FakeClock())
+        whole.settle(FakeClock())
+        halves.settle(FakeClock())
+        for key, value in halves.state_dict().items():
+            if not near(value, whole.state_dict()[key]):
+                self.fail(
+                    f"{key!r} settles differently over two micro-batches; add to pending, don't replace"
+                )
+
     def reloads(self) -> None:
         """A state_dict holds all that matters: a reloaded objective gives the same losses."""
         objective = self.copy()
@@ -201,8 +217,9 @@ class _Check:
         for step in range(2):
             self.losses(objective, FakeClock(step), batch)
             objective.settle(FakeClock(step))
+        now = tensors(objective)
         for key, value in lost.items():
-            if not torch.equal(value, tensors(objective)[key]):
+            if key in now and not torch.equal(value, now[key]):
                 self.fail(
                     f"settle changes {key!r}, which state_dict() leaves out; register_buffer it, persistent"
                 )
@@ -235,8 +252,7 @@ class _Check:
         one, twins = self.copy(), [self.copy(), self.copy()]
         whole = FakeBatch(one, self.spec, ROWS, torch.float64)
         parts = FakeBatch(twins[0], self.spec, ROWS, torch.float64)
-        for leaf in parts.got(FakeClock()).values():
-            del leaf  # made before the threads start
+        parts.got(FakeClock())  # made before the threads start
         alone, meeting = [self.losses(one, FakeClock(), whole)], Meeting(2)
         clocks = [FakeClock(rank=rank, meeting=meeting) for rank in range(2)]
         both = meeting.run(lambda rank: self.losses(twins[rank], clocks[rank], parts))
@@ -258,9 +274,7 @@ class _Check:
         for twin in twins:
             for key, value in twin.state_dict().items():
                 if not near(value, one.state_dict()[key]):
-                    self.fail(
-                        f"{key!r} settles differently on two processes; merge clock.total() of what is pending"
-                    )
+                    self.fail(f"{key!r} settles differently on two processes; merge clock.total() of pending")
 
     # ---- critics
 

@@ -1,4 +1,4 @@
-"""Weights by gradient ratio: one objective's pull matches another's at an anchor (arXiv 2012.09841, eq. 7)."""
+"""Weights by gradient ratio: an objective's pull matches another's at an anchor (arXiv 2012.09841, eq. 7)."""
 
 from __future__ import annotations
 
@@ -25,12 +25,16 @@ def anchor_of(model: Model, at: str) -> nn.Parameter:
 def ratio(loss: Tensor, against: Tensor, anchor: nn.Parameter, keys: Balance) -> Tensor:
     """||d against|| / (||d loss|| + eps) at the anchor, at most ``max``; of the whole batch's gradients.
 
+    Where a step accumulates, every micro-batch has its own ratio.
+
     Args:
         loss: of the balanced objective, before its weight: the weight multiplies the ratio.
         against: of the reference, with its weight: what is matched is the pull it has.
         anchor: where the gradients are taken.
         keys: the stack's ``balance``.
     """
+    if not anchor.requires_grad:
+        raise StackFault(f"balance.at: {keys.at} is frozen and gets no gradient; name an anchor that trains")
     norms = []
     for what, value in ((keys.against, against), ("this objective", loss)):
         (grad,) = torch.autograd.grad(value, anchor, retain_graph=True, allow_unused=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ _MIX = ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB), (31, 1))
 
 def keyed(*parts: object) -> int:
     """A 63-bit seed from any values; distinct values give distinct streams."""
-    digest = hashlib.blake2b("/".join(map(str, parts)).encode(), digest_size=8).digest()
+    digest = hashlib.blake2b("\0".join(map(str, parts)).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
 
 
@@ -110,7 +110,10 @@ class StepClock:
 
     def of(self, instance: str, crops: int = 1) -> StepClock:
         """The same clock with another instance's streams."""
-        return replace(self, instance=instance, crops=crops)
+        return StepClock(
+            self.seed, self.step, self.steps, instance, self.world, self.rank, self.micro, self.micros, crops,
+            self.device,
+        )  # fmt: skip
 
     def _key(self, name: str) -> int:
         return keyed(self.seed, self.step, self.instance, name)

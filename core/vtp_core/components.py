@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import types
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -13,6 +14,7 @@ import pydantic
 from torch import nn
 
 from vtp_core.errors import Fault, PluginFault, StackFault, suggestion
+from vtp_core.validation import validated
 from vtp_plugins.registry import Registry
 from vtp_plugins.spec import Spec
 
@@ -43,6 +45,9 @@ class Component:
             shared: the stack's ``modules`` by name.
             **given: what the engine hands over besides options.
         """
+        for option, name in self.modules.items():
+            if name not in (shared or {}):
+                raise StackFault(f"{self.key}.{option}: {name!r} of 'modules' is for objectives only")
         modules = {option: (shared or {})[name] for option, name in self.modules.items()}
         try:
             return self.cls(spec, **self.options, **modules, **given)
@@ -81,8 +86,7 @@ def resolve(
     name = node.get("use", key.rpartition(".")[2])
     cls = registry.load(kind, name, key)
     written = {option: value for option, value in node.items() if option != "use" and option not in taken}
-    options = {**dial_options(cls, dial), **written}
-    return _checked(key, name, cls, options, modules, taken)
+    return _checked(key, name, cls, dial_options(cls, dial), written, modules, taken)
 
 
 def dial_options(cls: Any, dial: str) -> dict[str, Any]:
@@ -91,33 +95,42 @@ def dial_options(cls: Any, dial: str) -> dict[str, Any]:
 
 
 def _checked(
-    key: str, name: str, cls: Any, options: dict[str, Any], modules: frozenset[str], taken: frozenset[str]
+    key: str,
+    name: str,
+    cls: Any,
+    defaults: dict[str, Any],
+    written: dict[str, Any],
+    modules: frozenset[str],
+    taken: frozenset[str],
 ) -> Component:
     schema, module_options = schema_of(cls)
-    for option in options:
-        if option not in schema.model_fields and option not in module_options:
-            known = [*schema.model_fields, *module_options, *taken]
-            raise StackFault(f"{key}: unknown option {option!r}{suggestion(option, known)}")
-    named = {option: options.pop(option) for option in module_options if options.get(option) is not None}
+    known = {*schema.model_fields, *module_options}
+    for option in written:
+        if option not in known:
+            raise StackFault(f"{key}: unknown option {option!r}{suggestion(str(option), known | taken)}")
+    for option in defaults:
+        if option not in known:
+            raise PluginFault(f"{key}: {cls.__name__}.sizes names {option!r}, which is no option")
+    options = {**defaults, **written}
+    named = {option: options.pop(option) for option in module_options if option in options}
+    checked = validated(schema, key, options)
+    named = {option: target for option, target in named.items() if target is not None}
     for option, target in named.items():
-        if target not in modules:
-            raise StackFault(f"{key}.{option}: no {target!r} under 'modules'{suggestion(str(target), modules)}")
-    for option in module_options:
-        options.pop(option, None)
-    try:
-        checked = schema.model_validate(options)
-    except pydantic.ValidationError as error:
-        raise StackFault("\n".join(f"{key}.{line}" for line in _lines(error))) from error
+        if not isinstance(target, str) or target not in modules:
+            raise StackFault(
+                f"{key}.{option}: no {target!r} under 'modules'{suggestion(str(target), modules)}"
+            )
+    for option in _compulsory(cls, module_options):
+        if option not in named:
+            raise StackFault(
+                f"{key}.{option} is missing; name an entry of 'modules'{suggestion('', modules)}"
+            )
     return Component(key, name, cls, {option: getattr(checked, option) for option in options}, named)
 
 
-def _lines(error: pydantic.ValidationError) -> list[str]:
-    """One line per fault: where, what, and what was given."""
-    lines = []
-    for fault in error.errors():
-        place = ".".join(str(part) for part in fault["loc"] if not str(part).startswith(("function-", "tagged")))
-        lines.append(f"{place}: {fault['msg']}, got {fault.get('input')!r}")
-    return lines
+def _compulsory(cls: Any, module_options: tuple[str, ...]) -> list[str]:
+    parameters = inspect.signature(cls.__init__).parameters
+    return [option for option in module_options if parameters[option].default is inspect.Parameter.empty]
 
 
 @functools.cache
@@ -125,28 +138,35 @@ def schema_of(cls: Any) -> tuple[type[pydantic.BaseModel], tuple[str, ...]]:
     """Options of a component as a pydantic model, and the names of those that take a module.
 
     Raises:
-        PluginFault: an annotation cannot be resolved at run time.
+        PluginFault: the annotation of an option cannot be resolved at run time.
     """
+    parameters = inspect.signature(cls.__init__).parameters.values()
+    options = {p.name: p.default for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY}
+    fields: dict[str, Any] = {}
+    modules = []
+    for option, hint in _hints(cls, options).items():
+        if _takes_module(hint):
+            modules.append(option)
+        else:
+            default = ... if options[option] is inspect.Parameter.empty else options[option]
+            fields[option] = (hint, default)
+    config = pydantic.ConfigDict(extra="forbid", arbitrary_types_allowed=True, protected_namespaces=())
+    model: type[pydantic.BaseModel] = pydantic.create_model(
+        f"{cls.__name__}Options", __config__=config, **fields
+    )
+    return model, tuple(modules)
+
+
+def _hints(cls: Any, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Annotations of the options alone: that of ``spec`` may be imported for type checkers only."""
+    written = getattr(cls.__init__, "__annotations__", {})
+    bare = types.SimpleNamespace(__annotations__={name: written.get(name, Any) for name in options})
     try:
-        hints = typing.get_type_hints(cls.__init__, include_extras=True)
-    except NameError as error:
+        return typing.get_type_hints(bare, getattr(cls.__init__, "__globals__", {}), include_extras=True)
+    except (NameError, AttributeError, TypeError, SyntaxError) as error:
         raise PluginFault(
             f"{cls.__module__}.{cls.__name__}: {error}; annotations of options must be importable at run time"
         ) from error
-    fields: dict[str, Any] = {}
-    modules = []
-    for option, parameter in inspect.signature(cls.__init__).parameters.items():
-        if parameter.kind is not inspect.Parameter.KEYWORD_ONLY:
-            continue
-        hint = hints.get(option, Any)
-        if _takes_module(hint):
-            modules.append(option)
-            continue
-        default = ... if parameter.default is inspect.Parameter.empty else parameter.default
-        fields[option] = (hint, default)
-    config = pydantic.ConfigDict(extra="forbid", arbitrary_types_allowed=True, protected_namespaces=())
-    model: type[pydantic.BaseModel] = pydantic.create_model(f"{cls.__name__}Options", __config__=config, **fields)
-    return model, tuple(modules)
 
 
 def _takes_module(hint: Any) -> bool:

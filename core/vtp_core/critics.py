@@ -126,8 +126,8 @@ class Critics:
             if not all(map(finite, found.values())):
                 self.optimizers[name].clear()
                 raise NonFinite(
-                    f"step {self._step}: the fresh critic of objectives.{name} is not finite and has not moved: "
-                    f"{found}"
+                    f"step {self._step}: the fresh critic of objectives.{name} is not finite and has not "
+                    f"moved: {found}"
                 )
             self._move(name, norms)
             row |= found

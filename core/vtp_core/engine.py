@@ -166,9 +166,9 @@ class Engine:
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         """bf16 autocast on request."""
-        return torch.autocast(
-            self.device.type, torch.bfloat16, enabled=self.train_keys.precision == "bfloat16"
-        )
+        if self.train_keys.precision != "bfloat16":
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, torch.bfloat16)
 
     def _backward(self, step_plan: Plan, inputs: Inputs, clock: StepClock, losses: Losses) -> None:
         """Forward, losses and backward of every stage, one stage after another."""

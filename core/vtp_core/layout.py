@@ -62,19 +62,20 @@ class Layout:
         rows = share * self.batch_size
         if rows % parts or self.batch_size % parts:
             shares = [self._share(other) for other in self.model.objectives]
-            step = math.lcm(
-                parts, *((parts / s).numerator for s in shares)
-            )  # parts divides share x every multiple
+            step = math.lcm(parts, *((parts / s).numerator for s in shares))  # parts divides s x multiples
             near = sorted({max(self.batch_size // step, 1) * step, (self.batch_size // step + 1) * step})
             raise StackFault(
-                f"objectives.{name}.rows: {float(share):g} x data.batch_size {self.batch_size} = {float(rows):g} rows, "
-                f"which do not divide by {self.world} processes x {self.accumulate} micro-batches; "
-                f"use data.batch_size={' or '.join(map(str, near))}"
+                f"objectives.{name}.rows: {float(share):g} x data.batch_size {self.batch_size} = "
+                f"{float(rows):g} rows, which do not divide by {self.world} processes x {self.accumulate} "
+                f"micro-batches; use data.batch_size={' or '.join(map(str, near))}"
             )
         return int(rows) // parts
 
     def _share(self, name: str) -> Fraction:
-        return Fraction(self.model.settings[name].rows).limit_denominator(1_000_000)
+        """``rows`` as a fraction: 0.333 means a third."""
+        rows = self.model.settings[name].rows
+        near = Fraction(rows).limit_denominator(128)
+        return near if abs(near - rows) < 2e-3 * rows else Fraction(rows).limit_denominator(1_000_000)
 
     def _samplers(self) -> dict[str, Any]:
         """Mask samplers by name; equal definitions merge."""
@@ -239,7 +240,7 @@ class Layout:
         return Inputs(views, {name: values[step] for name, values in inputs.fields.items()})
 
     def masks(self, inputs: Inputs, clock: StepClock, step_plan: Plan | None = None) -> dict[str, Tensor]:
-        """Masks of this micro-batch by sampler, (K, R, N) bool on the CPU: all, or those that a plan reads."""
+        """Masks of this micro-batch by sampler, (K, R, N) bool on the CPU: all, or those of a plan."""
         found = {}
         for name, sampler in self.samplers.items():
             view = inputs.views.get(sampler.view)

@@ -28,6 +28,24 @@ class Node:
     cut: bool = False
     draw: str = ""
     reads: Node | None = None
+    _hash: int = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        own = (
+            self.kind,
+            self.view,
+            self.source,
+            self.mask,
+            self.drop,
+            self.mode,
+            self.through,
+            self.cut,
+            self.draw,
+        )
+        object.__setattr__(self, "_hash", hash((own, self.reads)))
+
+    def __hash__(self) -> int:
+        return self._hash  # computed once: nodes are looked up many times a step
 
     @property
     def module(self) -> str:
@@ -89,18 +107,19 @@ class Demand:
 
 @dataclass(frozen=True, slots=True)
 class Handout:
-    """Where one slot of one evaluation of an objective gets its outputs."""
+    """Where one slot of one evaluation of an objective gets its outputs.
+
+    Attributes:
+        need: what is read.
+        outputs: output -> the node that gives it.
+        rows: that the objective reads.
+        mask: sampler whose mask goes along: of ``output@NAME``, else the need's, else what ``any`` took.
+    """
 
     need: Need
     outputs: Mapping[str, Node]
     rows: int
-
-    @property
-    def mask(self) -> str | None:
-        """The sampler whose mask goes with it: of ``output@NAME``, else the need's, else what ``any`` took."""
-        places = (output.partition("@")[2] for output in self.outputs if "@" in output)
-        named = self.need.mask if self.need.mask not in {None, "any"} else None
-        return next(places, None) or named or next((n.mask for n in self.outputs.values() if n.mask), None)
+    mask: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,6 +152,7 @@ class Plan:
         handouts: evaluation -> slot -> handout.
         live: nodes that gradient reaches.
         watchers: objectives whose critic looks on; their losses are not taken.
+        masks: samplers that the step needs.
     """
 
     demands: dict[Node, Demand]
@@ -140,11 +160,4 @@ class Plan:
     handouts: dict[Turn, dict[str, Handout]]
     live: frozenset[Node]
     watchers: frozenset[str] = frozenset()
-
-    @property
-    def masks(self) -> frozenset[str]:
-        """Names of the mask samplers that the step needs."""
-        marked = {node.mask for node in self.demands if node.mask}
-        return frozenset(
-            marked | {h.mask for slots in self.handouts.values() for h in slots.values() if h.mask}
-        )
+    masks: frozenset[str] = frozenset()

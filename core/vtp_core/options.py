@@ -15,9 +15,8 @@ def _step(value: Any) -> int | str:
         share = _SHARE.fullmatch(value)
         if share is not None and float(share[1]) <= 100:
             return value
-    elif isinstance(value, int | float) and not isinstance(value, bool):
-        if value >= 0 and float(value).is_integer():
-            return int(value)
+    elif type(value) in {int, float} and value >= 0 and float(value).is_integer():
+        return int(value)
     raise ValueError('a step is a number of steps, or a share of the run such as "37.5%"')
 
 

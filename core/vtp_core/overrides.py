@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from vtp_core.errors import StackFault, suggestion
 ENTRIES = frozenset({"objectives", "teachers", "modules", "views", "probes", "hooks"})
 """Sections whose entries are removed by ``section.name=null``."""
 _MAX_BYTES = 1_000_000
-_RESOLVERS = ("oc.env", "oc.select")
+_ALLOWED = re.compile(r"\$\{(?:\s*oc\.(?:env|select)\s*:|[^:{}$]*\})")
 _BROKEN = (yaml.YAMLError, OmegaConfBaseException, RecursionError, ValueError, TypeError, IndexError)
 
 
@@ -30,11 +30,12 @@ def read(path: Path) -> DictConfig:
     try:
         raw = path.read_bytes()
         if len(raw) > _MAX_BYTES:
-            raise StackFault(f"{path}: not a stack, it is larger than {_MAX_BYTES:,} bytes")
-        config = _parsed(raw.decode("utf-8"))
+            raise ValueError(f"not a stack, it is larger than {_MAX_BYTES:,} bytes")
+        text = raw.decode("utf-8")
+        _check_tags(text)
+        config = OmegaConf.create(text)
+        _check_interpolations(OmegaConf.to_container(config, resolve=False))
     except (OSError, *_BROKEN) as error:
-        if isinstance(error, StackFault):
-            raise
         raise StackFault(f"{path}: {_reason(error)}") from error
     if not isinstance(config, DictConfig):
         raise StackFault(f"{path}: a stack is a mapping of keys such as data, encoder, objectives, train")
@@ -54,12 +55,9 @@ def merged(config: DictConfig, overrides: Iterable[str]) -> dict[Any, Any]:
         try:
             _apply(config, item)
         except _BROKEN as error:
-            if isinstance(error, StackFault):
-                raise
             raise StackFault(f"override {item!r}: {_reason(error)}") from error
-    _clear_resolvers()
     try:
-        tree = OmegaConf.to_container(config, resolve=True)
+        tree = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
     except _BROKEN as error:
         raise StackFault(f"stack: {_reason(error)}") from error
     assert isinstance(tree, dict)
@@ -68,26 +66,36 @@ def merged(config: DictConfig, overrides: Iterable[str]) -> dict[Any, Any]:
 
 def _entries(node: Any) -> Any:
     """A section without the entries that are null."""
-    return {name: entry for name, entry in node.items() if entry is not None} if isinstance(node, dict) else node
+    return (
+        {name: entry for name, entry in node.items() if entry is not None} if isinstance(node, dict) else node
+    )
 
 
-def _parsed(text: str) -> Any:
-    """YAML without tags: a stack is plain values."""
+def _check_tags(text: str) -> None:
+    """YAML without tags: a stack is plain values, and some tags make objects."""
     if "!" in text:
         for event in yaml.parse(text, Loader=yaml.SafeLoader):
             if getattr(event, "tag", None) is not None:
-                line = event.start_mark.line + 1
-                raise StackFault(f"line {line}: tag {event.tag!r}; a stack holds plain values only")
-    return OmegaConf.create(text)
+                raise ValueError(
+                    f"tag {event.tag!r} in line {event.start_mark.line + 1}; a stack holds plain values"
+                )
 
 
-def _clear_resolvers() -> None:
-    """Config strings must not import or run anything: only the environment and selection stay."""
-    kept: dict[str, Callable[..., Any]] = {}
-    OmegaConf.clear_resolvers()  # those of other libraries; the defaults come back
-    for name in ("oc.coerce", "oc.create", "oc.decode", "oc.deprecated", "oc.dict.keys", "oc.dict.values"):
-        OmegaConf.clear_resolver(name)
-    del kept
+def _check_interpolations(node: Any) -> None:
+    """A config string must not import or run anything: of resolvers, only the environment and selection work.
+
+    Refusing the others here, and not clearing them, leaves other users of OmegaConf in this process alone.
+    """
+    if isinstance(node, dict | list):
+        for child in node.values() if isinstance(node, dict) else node:
+            _check_interpolations(child)
+    elif isinstance(node, str):
+        for start in re.finditer(r"\$\{", node):
+            if not _ALLOWED.match(node, start.start()):
+                raise ValueError(
+                    f"{node!r}: what can be read is ${{key}}, ${{oc.env:NAME}}, "
+                    "${oc.env:NAME,default} and ${oc.select:key,default}"
+                )
 
 
 def _reason(error: BaseException) -> str:
@@ -102,27 +110,29 @@ def _reason(error: BaseException) -> str:
 
 def _apply(config: DictConfig, item: str) -> None:
     key, equals, text = item.partition("=")
-    if key.startswith("~") and not equals:
-        _remove(config, key[1:], item)
-        return
-    if not equals or not key.strip("~"):
-        raise StackFault(f"override {item!r}: write key=value, or ~key to remove")
-    value = OmegaConf.to_container(_parsed_value(text), resolve=False)["value"]
-    parts = _parts(key)
-    if value is None and len(parts) == 2 and parts[0] in ENTRIES:
-        _remove(config, key, item)
+    removes = key.startswith("~") and not equals
+    parts = _parts(key.removeprefix("~") if removes else key)
+    if not parts or not (equals or removes):
+        raise ValueError("write key=value, or ~key to remove")
+    value = None if removes else _value(text)
+    if removes or (value is None and len(parts) == 2 and parts[0] in ENTRIES):
+        _remove(config, parts)
         return
     if parts[-1] == "use":
         _drop_options(config, parts[:-1], value)
     elif isinstance(value, dict) and "use" in value:
         _drop_options(config, parts, value["use"])
-    OmegaConf.update(config, key, value, merge=True)
+    merge = isinstance(value, dict) and isinstance(_at(config, parts), DictConfig)
+    OmegaConf.update(config, key, value, merge=merge)
 
 
-def _parsed_value(text: str) -> DictConfig:
-    if "!" in text:
-        _parsed(text)
-    return OmegaConf.from_dotlist([f"value={text}"])
+def _value(text: str) -> Any:
+    """The right side of an override, its interpolations not resolved yet."""
+    _check_tags(text)
+    tree = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]), resolve=False)
+    _check_interpolations(tree)
+    assert isinstance(tree, dict)
+    return tree["value"]
 
 
 def _parts(key: str) -> list[str]:
@@ -142,17 +152,13 @@ def _at(config: Any, parts: list[str]) -> Any:
     return config
 
 
-def _remove(config: DictConfig, key: str, item: str) -> None:
-    """Delete a key; a misspelt removal would train what was to be left out, so it must be there."""
-    parts = _parts(key)
-    parent = _at(config, parts[:-1]) if parts else None
-    if isinstance(parent, ListConfig) and parts[-1].isdigit() and int(parts[-1]) < len(parent):
-        del parent[int(parts[-1])]
-    elif isinstance(parent, DictConfig) and parts[-1] in parent:
-        del parent[parts[-1]]
-    else:
+def _remove(config: DictConfig, parts: list[str]) -> None:
+    """Delete a key. It must be there: a misspelt removal would train what was to be left out."""
+    parent, last = _at(config, parts[:-1]), parts[-1]
+    if _at(parent, [last]) is None and not (isinstance(parent, DictConfig) and last in parent):
         known = [str(name) for name in parent] if isinstance(parent, DictConfig) else []
-        raise StackFault(f"override {item!r}: there is no {key!r} to remove{suggestion(parts[-1] if parts else '', known)}")
+        raise ValueError(f"there is no {last!r} to remove{suggestion(last, known)}")
+    del parent[int(last) if isinstance(parent, ListConfig) else last]
 
 
 def _drop_options(config: DictConfig, parts: list[str], name: Any) -> None:

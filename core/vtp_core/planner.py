@@ -29,7 +29,7 @@ GENERATED = frozenset({"prediction", "target", "noised", "u", "hidden"})
 
 
 def family(output: str) -> str:
-    """What gives an output, by its name: ``hidden:4``, ``latent.cls`` and ``patches@block`` lose their tails."""
+    """Its kind by its name: ``hidden:4``, ``latent.cls`` and ``patches@block`` lose their tails."""
     name = output.partition("@")[0].partition(":")[0]
     return "latent" if name.startswith("latent.") else name
 
@@ -92,14 +92,19 @@ class _Planner:
         live = frozenset(node for node in wanted if self._moves(node))
         stages = stages_of(self.demands, live, handouts, self.readers)
         watchers = frozenset(reader.name for reader in self.readers if not reader.learns)
-        return Plan(self.demands, stages, handouts, live, watchers)
+        masks = {node.mask for node in self.demands if node.mask}
+        masks |= {h.mask for slots in handouts.values() for h in slots.values() if h.mask}
+        return Plan(self.demands, stages, handouts, live, watchers, frozenset(masks))
 
     def _handout(self, reader: Reader, need: Need, turn: int) -> Handout:
         own = replace(need, draw=f"{need.draw}#{turn}") if turn else need
         outputs = {output: self._node(own, output, reader.name) for output in sorted(need.want)}
         for output, node in outputs.items():
             self._demand(node, output, reader.rows, reader.name)
-        return Handout(need, outputs, reader.rows)
+        places = (output.partition("@")[2] for output in outputs if "@" in output)
+        named = need.mask if need.mask != "any" else None
+        mask = next(places, None) or named or next((n.mask for n in outputs.values() if n.mask), None)
+        return Handout(need, outputs, reader.rows, mask)
 
     def _demand(self, node: Node, output: str, rows: int, reader: str) -> None:
         """Ask for an output and for what it is made from; inputs land in ``demands`` first."""

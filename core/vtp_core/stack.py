@@ -4,31 +4,26 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from pydantic import BaseModel, ValidationError
+from omegaconf import OmegaConf
 
 from vtp_core import options
 from vtp_core.errors import DataFault, PluginFault, StackFault, suggestion
+from vtp_core.overrides import ENTRIES, merged, read
+from vtp_core.validation import M, validated
 from vtp_plugins.registry import Registry
 
-SECTIONS = {  # section -> group of its entries; each entry is an instance name with options
-    "objectives": "objectives",
-    "teachers": "teachers",
-    "modules": "modules",
-    "views": "views",
-    "probes": "probes",
-    "hooks": "hooks",
-}
 SINGLES = {"data": "datasets", "encoder": "encoders", "decoder": "decoders", "generator": "generators"}
-KEYS = frozenset({"modality", "size", "bottleneck", "tokenizer", "train", "run", *SECTIONS, *SINGLES})
-_MAX_BYTES = 1_000_000
+"""Key of one component -> its group in the registry."""
+KEYS = frozenset({"modality", "size", "bottleneck", "tokenizer", "train", "run", *ENTRIES, *SINGLES})
+_INSTANCE = re.compile(r"[A-Za-z0-9_-]{1,64}")
+_TAKEN = frozenset({"encoder", "bottleneck", "decoder", "generator", "weight", "lr", "grad", "time"})
+"""Names that an objective cannot have: modules own parameters under them, and metrics begin with them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,18 +46,18 @@ class Stack:
 
     @property
     def train(self) -> options.Train:
-        node = dict(self.config.get("train") or {})
-        node["optim"] = {**options.DIALS.get(self.dial, {}), **(node.get("optim") or {})}
-        return options.Train.model_validate(node)
+        node = _mapping("train", self.config.get("train"))
+        optim = _mapping("train.optim", node.get("optim"))
+        dial = options.DIALS.get(self.dial, {})
+        return validated(options.Train, "train", {**node, "optim": {**dial, **optim}})
 
     @property
     def data(self) -> options.Data:
-        node = self.config.get("data") or {}
-        return options.Data.model_validate({k: v for k, v in node.items() if k in options.DATA_KEYS})
+        return _engine_keys(options.Data, "data", self.config.get("data"))
 
     @property
     def run(self) -> options.Run:
-        return options.Run.model_validate(self.config.get("run") or {})
+        return validated(options.Run, "run", _mapping("run", self.config.get("run")))
 
     def section(self, name: str) -> dict[str, dict[str, Any]]:
         """Entries of a section, each a dict of options."""
@@ -70,15 +65,14 @@ class Stack:
 
     def yaml(self) -> str:
         """The resolved tree as YAML; loading it gives the same stack."""
-        text: str = yaml.safe_dump(self.config, sort_keys=False, allow_unicode=True)
-        return text
+        return str(OmegaConf.to_yaml(OmegaConf.create(self.config)))
 
 
 def load_stack(source: str | Path, overrides: Iterable[str] = (), registry: Registry | None = None) -> Stack:
     """Load a shipped stack by name, or a file by path; apply overrides; check keys and names.
 
     Args:
-        source: ``vtp-tiny`` or ``./mine.yaml``.
+        source: ``vtp-tiny``, ``./mine.yaml``, or a run directory, whose stack it is.
         overrides: ``objectives.koleo.weight=0.1``; ``objectives.clip=null`` or ``~objectives.clip`` removes.
         registry: what is installed; made afresh by default.
 
@@ -87,9 +81,8 @@ def load_stack(source: str | Path, overrides: Iterable[str] = (), registry: Regi
     """
     registry = registry or Registry()
     path = find_stack(str(source), registry)
-    config = _read(path)
-    merged = _override(config, list(overrides))
-    return check_stack(path.stem, merged, registry)
+    name = _run_name(path.parent) if Path(source).is_dir() else path.stem
+    return check_stack(name, merged(read(path), overrides), registry)
 
 
 def load_run_stack(run: Path, registry: Registry, overrides: Iterable[str] = (), check: bool = True) -> Stack:
@@ -99,16 +92,31 @@ def load_run_stack(run: Path, registry: Registry, overrides: Iterable[str] = (),
 
     Raises:
         DataFault: there is no run.
+        StackFault: a secret is masked in it; see :func:`load_stack` for the rest.
     """
     file = run / "stack.yaml"
     if not file.is_file():
-        raise DataFault(f"{run} is no run directory: it has no stack.yaml; give a directory that vtp train wrote")
+        raise DataFault(
+            f"{run} is no run directory: it has no stack.yaml; give a directory that vtp train wrote"
+        )
+    name = _run_name(run)
+    tree = merged(read(file), overrides)
+    if check and "***" in file.read_text(encoding="utf-8") and "***" in str(tree):
+        raise StackFault(
+            f"{file} has a masked secret (***); start from your own stack file, or override that key"
+        )
+    return (check_stack if check else Stack)(name, tree, registry)
+
+
+def _run_name(run: Path) -> str:
+    """What the run's stack was called; an export has no record of a run."""
     record = run / "run.json"
-    name = json.loads(record.read_text(encoding="utf-8")).get("name") if record.is_file() else None
-    tree = _override(_read(file), list(overrides))
-    if check and "***" in file.read_text(encoding="utf-8") and "***" in json.dumps(tree):
-        raise StackFault(f"{file} has a masked secret (***); start from your own stack file, or override that key")
-    return (check_stack if check else Stack)(str(name or run.name), tree, registry)
+    if not record.is_file():
+        return run.name
+    try:
+        return str(json.loads(record.read_text(encoding="utf-8"))["name"])
+    except (ValueError, LookupError, TypeError) as error:
+        raise DataFault(f"{record} is no record of a run: {type(error).__name__}: {error}") from error
 
 
 def find_stack(source: str, registry: Registry) -> Path:
@@ -126,150 +134,9 @@ def find_stack(source: str, registry: Registry) -> Path:
     for place in places:
         if (Path(place) / f"{source}.yaml").is_file():
             return Path(place) / f"{source}.yaml"
-    raise PluginFault(f"stacks {source!r}: package {entry.target} of {entry.distribution} has no {source}.yaml")
-
-
-def _read(path: Path) -> DictConfig:
-    _clear_resolvers()
-    text = path.read_text(encoding="utf-8")
-    if len(text) > _MAX_BYTES or "!!python" in text:
-        raise StackFault(f"{path}: not a stack (over 1 MB, or a Python tag)")
-    try:
-        config = OmegaConf.create(text)
-    except (yaml.YAMLError, OmegaConfBaseException) as error:
-        raise StackFault(f"{path}: {error}") from error
-    if not isinstance(config, DictConfig):
-        raise StackFault(f"{path}: a stack is a mapping of keys such as {', '.join(sorted(KEYS))}")
-    return config
-
-
-def _clear_resolvers() -> None:
-    """Config strings must not import or run anything: only the environment and selection stay."""
-    for name in ("oc.coerce", "oc.create", "oc.decode", "oc.deprecated", "oc.dict.keys", "oc.dict.values"):
-        if OmegaConf.has_resolver(name):
-            OmegaConf.clear_resolver(name)
-
-
-def _override(config: DictConfig, overrides: list[str]) -> dict[str, Any]:
-    """Merge ``key=value`` overrides and resolve interpolations; null entries disappear."""
-    try:
-        for item in overrides:
-            key, equals, value = item.partition("=")
-            if key.startswith("~") and not equals:
-                key, equals, value = key[1:], "=", "null"
-            if not equals:
-                raise StackFault(f"override {item!r}: write key=value, or ~key to remove")
-            if key.rpartition(".")[2] == "use":
-                _drop_options(config, key.rpartition(".")[0])
-            OmegaConf.update(config, key, OmegaConf.from_dotlist([f"value={value}"]).value, merge=True)
-        tree = OmegaConf.to_container(config, resolve=True)
-    except OmegaConfBaseException as error:
-        raise StackFault(f"stack: {str(error).splitlines()[0]}") from error
-    assert isinstance(tree, dict)
-    return _without_nulls(tree)
-
-
-def _drop_options(config: DictConfig, key: str) -> None:
-    """Another component has other options; the engine's keys stay."""
-    node = OmegaConf.select(config, key) if key else None
-    if isinstance(node, DictConfig):
-        keep = options.OBJECTIVE_KEYS | options.DATA_KEYS | options.PROBE_KEYS | options.COMPONENT_KEYS
-        for option in [o for o in node if o not in keep]:
-            del node[option]
-
-
-def _without_nulls(tree: dict[Any, Any]) -> dict[str, Any]:
-    """Drop sections, entries and components set to null; an option set to null keeps its null."""
-    kept: dict[str, Any] = {}
-    for key, node in tree.items():
-        if node is None:
-            continue
-        if key in SECTIONS and isinstance(node, dict):
-            node = {name: entry for name, entry in node.items() if entry is not None}
-        kept[str(key)] = node
-    return kept
-
-
-def check_stack(name: str, config: Mapping[str, Any], registry: Registry) -> Stack:
-    """Check keys, engine values and names of a resolved tree; no component is imported."""
-    for key in config:
-        if key not in KEYS:
-            raise StackFault(f"unknown key {key!r} in the stack{suggestion(str(key), KEYS)}")
-    stack = Stack(name, dict(config), registry)
-    if "tokenizer" not in config and "encoder" not in config:
-        raise StackFault("the stack names neither an encoder nor a tokenizer; write encoder: {use: vit}")
-    _check_options(stack)
-    _check_names(stack)
-    return stack
-
-
-def _check_options(stack: Stack) -> None:
-    train = dict(stack.config.get("train") or {})
-    optim = train.get("optim") or {}
-    _validated(options.Train, "train", {**train, "optim": {**options.DIALS.get(stack.dial, {}), **optim}})
-    _validated(options.Run, "run", stack.config.get("run") or {})
-    if stack.dial not in options.DIALS:
-        raise StackFault(f"size: no dial {stack.dial!r}{suggestion(stack.dial, options.DIALS)}")
-    for section, model, keys in (
-        ("objectives", options.Objective, options.OBJECTIVE_KEYS - {"optim"}),
-        ("probes", options.Probe, options.PROBE_KEYS),
-    ):
-        for name, node in _nodes(stack, section):
-            _validated(model, f"{section}.{name}", {k: v for k, v in node.items() if k in keys})
-    for key, node in [*_nodes(stack, "objectives"), *((k, stack.config.get(k) or {}) for k in SINGLES)]:
-        if isinstance(node, Mapping) and "optim" in node:
-            base = stack.train.optim.model_dump()
-            _validated(options.Optim, f"{key}.optim", {**base, **node["optim"]})
-    data = stack.config.get("data") or {}
-    _validated(options.Data, "data", {k: v for k, v in data.items() if k in options.DATA_KEYS})
-
-
-def _nodes(stack: Stack, section: str) -> list[tuple[str, Mapping[str, Any]]]:
-    entries = stack.config.get(section) or {}
-    if not isinstance(entries, Mapping):
-        raise StackFault(f"{section}: a mapping of name to options is wanted, not {type(entries).__name__}")
-    for name, node in entries.items():
-        if not isinstance(node, Mapping):
-            raise StackFault(f"{section}.{name}: options are a mapping, write {{}} for none, not {node!r}")
-    return list(entries.items())
-
-
-def _validated(model: type[BaseModel], key: str, node: Any) -> None:
-    try:
-        model.model_validate(node)
-    except ValidationError as error:
-        raise StackFault("\n".join(_line(model, key, fault) for fault in error.errors())) from error
-
-
-def _line(model: type[BaseModel], key: str, fault: Any) -> str:
-    place = [str(part) for part in fault["loc"]]
-    if fault["type"] == "extra_forbidden":
-        inner: Any = model
-        for part in place[:-1]:
-            inner = inner.model_fields[part].annotation if hasattr(inner, "model_fields") else None
-        known = getattr(inner, "model_fields", {})
-        return f"{'.'.join([key, *place[:-1]])}: unknown key {place[-1]!r}{suggestion(place[-1], known)}"
-    return f"{'.'.join([key, *place])}: {fault['msg']}, got {fault['input']!r}"
-
-
-def _check_names(stack: Stack) -> None:
-    find = stack.registry.find
-    find("modalities", stack.config.get("modality", "image"), "modality")
-    for key, kind in SINGLES.items():
-        node = stack.config.get(key)
-        if isinstance(node, Mapping) and "from" not in node and "share" not in node:
-            if "use" not in node:
-                raise StackFault(f"{key}: 'use' is missing{suggestion('', stack.registry.names(kind))}")
-            find(kind, node["use"], f"{key}.use")
-        elif node is not None and not isinstance(node, Mapping):
-            raise StackFault(f"{key}: options are a mapping such as {{use: NAME}}, not {node!r}")
-    for index, link in enumerate(links_of(stack.config)):
-        find("bottlenecks", link.get("use", ""), f"bottleneck[{index}].use")
-    for section, kind in SECTIONS.items():
-        for name, node in _nodes(stack, section):
-            find(kind, node.get("use", name), f"{section}.{name}")
-    for name in stack.train.trackers:
-        find("hooks", name, "train.trackers")
+    raise PluginFault(
+        f"stacks {source!r}: package {entry.target} of {entry.distribution} has no {source}.yaml"
+    )
 
 
 def links_of(config: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -282,3 +149,115 @@ def links_of(config: Mapping[str, Any]) -> list[dict[str, Any]]:
         if not isinstance(link, Mapping):
             raise StackFault(f"bottleneck: a component such as {{use: linear, channels: 16}}, not {link!r}")
     return [dict(link) for link in nodes]
+
+
+# ---- checks
+
+
+def check_stack(name: str, config: Mapping[Any, Any], registry: Registry) -> Stack:
+    """Check keys, engine values and names of a resolved tree; no component is imported."""
+    for key in config:
+        if key not in KEYS:
+            raise StackFault(f"unknown key {key!r} in the stack{suggestion(str(key), KEYS)}")
+    stack = Stack(name, {key: node for key, node in config.items() if node is not None}, registry)
+    if "tokenizer" not in stack.config and "encoder" not in stack.config:
+        raise StackFault("the stack names neither an encoder nor a tokenizer; write encoder: {use: vit}")
+    _check_engine_keys(stack)
+    for key, node in _components(stack):
+        _check_component_keys(stack, key, node)
+    _check_names(stack)
+    return stack
+
+
+def _check_engine_keys(stack: Stack) -> None:
+    if stack.dial not in options.DIALS:
+        raise StackFault(f"size: no dial {stack.dial!r}{suggestion(stack.dial, options.DIALS)}")
+    steps, _, _ = stack.train.steps, stack.data, stack.run
+    for name, node in _nodes(stack, "objectives"):
+        key = f"objectives.{name}"
+        if name in _TAKEN:
+            raise StackFault(
+                f"{key}: the engine uses this name; write my_{name}: {{use: {node.get('use', name)}}}"
+            )
+        keys = _engine_keys(options.Objective, key, node)
+        if keys.stop is not None and options.steps_of(keys.stop, steps) <= options.steps_of(
+            keys.start, steps
+        ):
+            raise StackFault(f"{key}: it stops at {keys.stop}, before it has started at {keys.start}")
+    for name, node in _nodes(stack, "probes"):
+        _engine_keys(options.Probe, f"probes.{name}", node)
+    _engine_keys(options.Generator, "generator", stack.config.get("generator"))
+    tokenizer = _mapping("tokenizer", stack.config.get("tokenizer"))
+    _not_from("tokenizer", tokenizer)
+    validated(options.Tokenizer, "tokenizer", tokenizer)
+
+
+def _check_component_keys(stack: Stack, key: str, node: Mapping[str, Any]) -> None:
+    """``from``, ``frozen`` and ``optim``: where they have no effect they are refused."""
+    _not_from(key, node)
+    section, _, _ = key.partition(".")
+    trains = section in {"encoder", "bottleneck", "decoder", "generator", "modules"}
+    for word, works in (("frozen", trains), ("optim", trains or section == "objectives")):
+        if word in node and not works and section not in {"data", "probes", "hooks"}:
+            why = "a chain trains as one" if section.startswith("bottleneck") else "it has no effect here"
+            raise StackFault(f"{key}: {word!r}: {why}")
+    if trains and not isinstance(node.get("frozen", False), bool):
+        raise StackFault(f"{key}.frozen: true or false, not {node['frozen']!r}")
+    if "optim" in node and (trains or section == "objectives"):
+        written = _mapping(f"{key}.optim", node["optim"])
+        validated(options.Optim, f"{key}.optim", {**stack.train.optim.model_dump(), **written})
+
+
+def _not_from(key: str, node: Mapping[str, Any]) -> None:
+    if "from" in node:
+        raise StackFault(f"{key}.from: to start from an earlier run is not built yet")
+
+
+def _engine_keys(model: type[M], key: str, node: Any) -> M:
+    """The engine's keys of a node; what else it has are options of the component."""
+    found = {name: value for name, value in _mapping(key, node).items() if name in model.model_fields}
+    return validated(model, key, found)
+
+
+def _mapping(key: str, node: Any) -> Mapping[str, Any]:
+    if node is None:
+        return {}
+    if not isinstance(node, Mapping):
+        raise StackFault(f"{key}: a mapping of keys is wanted, write {{}} for none, not {node!r}")
+    return node
+
+
+def _nodes(stack: Stack, section: str) -> list[tuple[str, Mapping[str, Any]]]:
+    """Entries of a section by instance name."""
+    entries = _mapping(section, stack.config.get(section))
+    for name in entries:
+        if not isinstance(name, str) or not _INSTANCE.fullmatch(name):
+            raise StackFault(f"{section}: {name!r} is no name; letters, digits, - and _ are")
+    return [(name, _mapping(f"{section}.{name}", node)) for name, node in entries.items()]
+
+
+def _components(stack: Stack) -> list[tuple[str, Mapping[str, Any]]]:
+    """Every component's place and node."""
+    found = [(key, _mapping(key, stack.config[key])) for key in SINGLES if key in stack.config]
+    links = links_of(stack.config)
+    whole = not isinstance(stack.config.get("bottleneck"), list)
+    found += [("bottleneck" if whole else f"bottleneck[{index}]", link) for index, link in enumerate(links)]
+    return found + [
+        (f"{section}.{name}", node) for section in sorted(ENTRIES) for name, node in _nodes(stack, section)
+    ]
+
+
+def _check_names(stack: Stack) -> None:
+    find = stack.registry.find
+    find("modalities", stack.config.get("modality", "image"), "modality")
+    for key, node in _components(stack):
+        section, _, name = key.partition(".")
+        kind = SINGLES.get(section, "bottlenecks" if section.startswith("bottleneck") else section)
+        if not name and "use" not in node:
+            raise StackFault(f"{key}: 'use' is missing{suggestion('', stack.registry.names(kind))}")
+        find(kind, node.get("use", name), key if name and "use" not in node else f"{key}.use")
+    path = (stack.config.get("generator") or {}).get("path")
+    if path is not None:
+        find("paths", path.get("use"), "generator.path.use")
+    for name in stack.train.trackers:
+        find("hooks", name, "train.trackers")

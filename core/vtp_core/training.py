@@ -4,45 +4,36 @@ from __future__ import annotations
 
 import contextlib
 import json
-import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from vtp_core import distributed, evaluation, options
+from vtp_core.attribution import translated
 from vtp_core.build import blueprint, build
 from vtp_core.components import resolve
-from vtp_core.data.loader import Batch, Loader
+from vtp_core.data.loader import Loader
+from vtp_core.data.steps import Batch
 from vtp_core.describe import plan
 from vtp_core.engine import Engine
 from vtp_core.errors import DataFault, Fault, MemoryFault, StackFault, StorageFault
+from vtp_core.fields import check_fields, hints
 from vtp_core.forwards import Inputs
-from vtp_core.probes import run_probes
 from vtp_core.probes.bench import Bench
-from vtp_core.run import checkpoint
+from vtp_core.run import checkpoint, metrics
 from vtp_core.run.directory import RunDirectory
 from vtp_core.run.metrics import JsonLines
 from vtp_core.run.progress import Progress
+from vtp_core.saving import Saver
 from vtp_core.stack import Stack
 from vtp_core.statistics import latent_statistics
+from vtp_core.stopping import Interrupted, Preempted, Stopping, handled
 from vtp_core.tokenizer import Tokenizer
 from vtp_plugins.reading import Reading
-
-
-FAILURES = 3  # checkpoints in a row that may fail before the run gives up
-
-
-class Preempted(Fault):
-    """The run was asked to stop; it saved a checkpoint first."""
-
-    def __init__(self, message: str, code: int) -> None:
-        super().__init__(message)
-        self.code = code
 
 
 def train(stack: Stack, resume: Path | None = None) -> RunDirectory:
@@ -57,7 +48,7 @@ def train(stack: Stack, resume: Path | None = None) -> RunDirectory:
 
     Raises:
         StackFault, PluginFault, DataFault, NonFinite, MemoryFault, StorageFault: see ``vtp_plugins.errors``.
-        Preempted: SIGTERM or SIGINT came; a checkpoint was saved.
+        Preempted: SIGTERM, SIGINT or another signal that ends processes came; the run can be continued.
     """
     return Training(stack, resume).run()
 
@@ -81,13 +72,14 @@ class Training:
         )  # fmt: skip
         self.dataset = dataset
         self.probes = {n: c.build(self.model.spec) for n, c in self.probe_components.items()}
-        self._check_fields()
+        check_fields(self.model, dataset)
         self.directory = self._open(resume)
         self.metrics, self.readings = JsonLines(self.directory.metrics), JsonLines(self.directory.probes)
         self.engine.run_path = self.directory.path
+        self.saver = Saver(self.directory, self.keys.keep)
         self.start = self._restore() if resume else 0
-        self.asked: int | None = None
-        self.failures = 0
+        self.stopping = Stopping()
+        self.whole = True  # no step is half done, so that what is in memory may be saved
         self.report: Path | None = None
 
     def _open(self, resume: Path | None) -> RunDirectory:
@@ -106,54 +98,70 @@ class Training:
         directory.write("plan.json", json.dumps(page.data, indent=1))
         return directory
 
-    def _check_fields(self) -> None:
-        """Every field that a view or objective reads must be one that the dataset has."""
-        for name, objective in self.model.objectives.items():
-            for need in objective.needs.values():
-                view = self.model.views.get(need.view)
-                field = view.field if view is not None else need.view
-                if field not in self.dataset.fields | self.dataset.provides:
-                    raise DataFault(
-                        f"the dataset has no {field!r}, which objectives.{name} reads; "
-                        f"train without it: objectives.{name}=null"
-                    )
-
     def _restore(self) -> int:
+        """Load the newest valid checkpoint; a run that never wrote one begins again."""
         found = checkpoint.latest(self.directory.checkpoints)
-        if found is None:
-            raise DataFault(f"{self.directory.path} has no valid checkpoint; start it again with vtp train")
-        parts, state = checkpoint.load(found, verify=False)  # latest() has hashed it
-        step = int(state["step"])
-        self.engine.load({k: v for k, v in parts.items() if k != "statistics"}, step)
+        step = 0
+        if found is not None:
+            parts, state = checkpoint.load(found, verify=False)  # latest() has hashed it
+            step = self.saver.saved = int(state["step"])
+            self.engine.load({k: v for k, v in parts.items() if k != "statistics"}, step)
+        elif any(self.directory.checkpoints.glob("step-*")):
+            raise DataFault(
+                f"{self.directory.path} has no valid checkpoint; begin anew: "
+                f"vtp train {self.directory.path} run.dir=NEW"
+            )
         checkpoint.cut(self.directory.checkpoints, step)
         self.metrics.cut(step)
-        self.readings.cut(step)
+        done = step == self.keys.steps and not self.directory.finished
+        self.readings.cut(step - 1 if done else step)  # the last measurement was cut off: it comes anew
         return step
 
     # ---- the loop
 
     def run(self) -> RunDirectory:
-        """Train to the last step, then measure and report."""
-        loader = self._loader()
+        """Train to the last step, then measure and report; a finished run stays as it is."""
         self.progress = Progress(self.keys.steps, self.start)
+        self.saver.note = self.progress.note
         try:
-            # Closed on the way out: workers ignore signals, so nothing else would end them.
-            with self._signals(), contextlib.closing(iter(loader)) as batches:
-                self._steps(batches)
-            self._note_bad(loader)
-            self._finish()
-        except torch.OutOfMemoryError as error:
-            raise MemoryFault(
-                f"out of memory at step {self.engine.steps_done}: {str(error).splitlines()[0]}\nthe last checkpoint is "
-                f"intact. Try data.batch_size={self.stack.data.batch_size // 2}, train.accumulate=2 or "
-                "train.precision=bfloat16"
-            ) from error
+            if self.start == self.keys.steps and self.directory.finished:
+                self._again()
+            else:
+                with handled(self.stopping):
+                    self._train()
+        except Interrupted:
+            raise self._stopped() from None
+        except (Exception, SystemExit) as error:
+            fault = self._failed(error)
+            if fault is None or fault is error:
+                raise
+            raise fault from error
         finally:
             self.progress.close()
             self.metrics.close()
             self.readings.close()
             self.directory.close()
         return self.directory
+
+    def _train(self) -> None:
+        if self.engine.rank == 0:
+            self.directory.mark("running")
+            if tight := checkpoint.short_of_room(self.directory.checkpoints, self.engine.state()):
+                self.progress.note(tight)
+        self.loader = self._loader()
+        try:
+            # Closed on the way out: workers ignore signals, so nothing else would end them.
+            with contextlib.closing(iter(self.loader)) as batches:
+                self._steps(batches)
+        finally:
+            self._note_bad(self.loader)
+        if self.engine.rank == 0:
+            self._finish()
+
+    def _again(self) -> None:
+        """Nothing is left to do."""
+        self.progress.note(f"{self.directory.path} is finished: {self.start} of {self.keys.steps} steps")
+        self.report = self.directory.report if self.directory.report.is_file() else None
 
     def _loader(self) -> Loader:
         rows = self.engine.layout.rows_by_view()
@@ -163,43 +171,42 @@ class Training:
             self.dataset, {n: v for n, v in self.model.views.items() if n in rows}, rows,
             batch_size=data.batch_size, seed=self.keys.seed, rank=self.engine.rank, world=self.engine.world,
             workers=data.workers, start=self.start, stop=self.keys.steps, required=frozenset(required),
-            max_bad_fraction=data.max_bad_fraction, hints=self._hints(),
+            max_bad_fraction=data.max_bad_fraction, hints=hints(self.model),
         )  # fmt: skip
-
-    def _hints(self) -> dict[str, str]:
-        """Field -> the override that does without it."""
-        hints = {}
-        for name, objective in self.model.objectives.items():
-            for need in objective.needs.values():
-                view = self.model.views.get(need.view)
-                if view is None or view.crops is None:
-                    hints[need.view if view is None else view.field] = f"objectives.{name}=null"
-        return hints
 
     def _steps(self, batches: Iterator[Batch]) -> None:
         every = max(options.steps_of(self.keys.checkpoint_every, self.keys.steps), 1)
+        if self.start and self.start < self.keys.steps and not self._measured(self.start):
+            self.measure(evaluation.due(self.stack, self.start))  # the run stopped before it could
         for _ in range(self.start, self.keys.steps):
             began = time.perf_counter()
-            batch = next(batches)
-            fetched = time.perf_counter()
-            row = self.engine.step(self._inputs(batch))
-            self._log(row, began, fetched)
+            with self.stopping.resting():
+                batch = next(batches)
+            self._step(batch, began)
+            self.stopping.check()
             step = self.engine.steps_done
-            if self.asked is not None:
-                self._stop(step)
             if step < self.keys.steps:
                 self.measure(evaluation.due(self.stack, step))
                 if step % every == 0:
                     self.save()
 
+    def _step(self, batch: Batch, began: float) -> None:
+        """One step and its row; what comes between them must not be saved."""
+        fetched = time.perf_counter()
+        self.whole = False
+        row = self.engine.step(self._inputs(batch))
+        self._log(row, began, fetched)
+        self.whole = True
+
     def _note_bad(self, loader: Loader) -> None:
         """Say what was skipped, and keep the list."""
         if not loader.bad:
             return
-        reasons = ", ".join(f"{count} {reason}" for reason, count in loader.bad.items())
-        lines = [f"{name}\t{detail}" for name, detail in loader.quarantine.items()]
-        self.directory.write("skipped.tsv", "\n".join(lines) + "\n")
-        self.progress.note(f"data: skipped {reasons} of {loader.read} samples read; named in skipped.tsv")
+        reasons = ", ".join(f"{reason}: {count}" for reason, count in loader.bad.items())
+        skipped = loader.bad.total()
+        with contextlib.suppress(StorageFault):  # the run ends anyway, for a reason that matters more
+            self.directory.add("skipped.tsv", [f"{n}\t{why}" for n, why in loader.quarantine.items()])
+        self.progress.note(f"data: skipped {skipped} of {loader.read} samples read ({reasons}); named in skipped.tsv")
 
     def _inputs(self, batch: Batch) -> Inputs:
         """A loader's batch as the engine takes it."""
@@ -216,52 +223,60 @@ class Training:
             self.progress.update(self.engine.steps_done, row)
 
     def save(self, statistics: dict[str, Tensor] | None = None, last: bool = False) -> None:
-        """Write a checkpoint of the current step.
-
-        A full disk is waited out: training goes on, and only the third failure in a row, or the last
-        checkpoint's, ends the run.
-        """
-        if self.engine.rank != 0:
-            return
-        parts = self.engine.state() | ({"statistics": statistics} if statistics else {})
-        step = self.engine.steps_done
-        try:
+        """Write a checkpoint of the current step; see :class:`~vtp_core.saving.Saver`."""
+        if self.engine.rank == 0:
             self.metrics.sync()
-            checkpoint.save(self.directory.checkpoints, step, parts, {"step": step}, keep=self.keys.keep)
-            self.failures = 0
-        except StorageFault as fault:
-            self.failures += 1
-            if last or self.failures == FAILURES:
-                raise
-            self.progress.note(f"{fault} (attempt {self.failures} of {FAILURES}; training goes on)")
+            parts = self.engine.state() | ({"statistics": statistics} if statistics else {})
+            self.saver.save(parts, self.engine.steps_done, last)
 
-    def _stop(self, step: int) -> None:
-        self.save(last=True)
-        self.directory.mark("preempted", step=step)
-        assert self.asked is not None
-        code = 130 if self.asked == signal.SIGINT else 75
-        raise Preempted(f"stopped after step {step}; continue with: vtp resume {self.directory.path}", code)
+    # ---- how a run ends before its time
 
-    @contextlib.contextmanager
-    def _signals(self) -> Iterator[None]:
-        """SIGTERM and SIGINT end the run after the step in progress; a second one ends it at once."""
+    def _stopped(self) -> Preempted:
+        """A signal came: save what is whole, unless a second one asked for haste."""
+        assert self.stopping.asked is not None
+        code = Interrupted(self.stopping.asked).code
+        step = self.engine.steps_done
+        if self.whole and not self.stopping.twice and self.saver.saved != step:
+            with handled(self.stopping):
+                self.save(last=True)
+        self._mark("preempted")
+        return Preempted(f"stopped at step {step}; {self.saver.way_on(self.stack.registry)}", code)
 
-        def ask(number: int, frame: FrameType | None) -> None:
-            if self.asked is not None:
-                raise KeyboardInterrupt
-            self.asked = number
+    def _failed(self, error: BaseException) -> Fault | None:
+        """The fault that an exception is, with how to go on; None for one of ours."""
+        engine, parts = self.engine, self._parts()
+        fault = translated(error, parts, 0 if self.whole else engine.steps_done + 1)
+        if self.whole and engine.steps_done not in (0, self.saver.saved) and not isinstance(fault, StorageFault):
+            with contextlib.suppress(StorageFault):
+                self.save(last=True)
+        finished = engine.rank == 0 and self.directory.finished
+        if not finished:
+            self._mark("failed", fault=str(fault or repr(error)))
+        if isinstance(fault, MemoryFault):
+            fault.add_note(
+                f"try data.batch_size={self.stack.data.batch_size // 2}, train.accumulate="
+                f"{2 * self.keys.accumulate} or train.precision=bfloat16 in a new run"
+            )
+        way_on = "the run itself is complete" if finished else self.saver.way_on(self.stack.registry, fault)
+        if fault is not None and way_on:
+            fault.add_note(way_on)
+        return fault
 
-        before = {}
-        try:
-            for number in (signal.SIGTERM, signal.SIGINT):
-                before[number] = signal.signal(number, ask)
-        except ValueError:  # not the main thread: the caller's handlers stay
-            pass
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+    def _mark(self, status: str, **more: Any) -> None:
+        """Record how the run stands, as far as the disk lets us."""
+        with contextlib.suppress(StorageFault):
+            if self.engine.rank == 0:
+                self.directory.mark(status, step=self.engine.steps_done, **more)
+
+    def _parts(self) -> dict[str, Any]:
+        """Every component by its key in the stack."""
+        sections = {
+            "objectives": self.model.objectives, "modules": self.model.shared, "teachers": self.model.teachers,
+            "views": self.model.views, "probes": self.probes, "hooks": self.hooks,
+        }  # fmt: skip
+        named = {f"{section}.{name}": part for section, parts in sections.items() for name, part in parts.items()}
+        singles = self.model.tokenizer_modules() | {"generator": self.model.generator, "data": self.dataset}
+        return named | {key: part for key, part in singles.items() if part is not None}
 
     # ---- measuring
 
@@ -277,12 +292,20 @@ class Training:
         for module in modules:
             module.eval()
         tokenizer = self.tokenizer()
-        bench = Bench(tokenizer, self.make_dataset, device=self.device)
-        with torch.no_grad():
-            readings, left_out = run_probes(tokenizer, {n: self.probes[n] for n in names}, bench)
+        with torch.no_grad(), self.stopping.resting():
+            probes = {name: self.probes[name] for name in names}
+            readings, left_out = evaluation.measured(tokenizer, probes, self._bench(tokenizer))
         for module in modules:
             module.train()
         self._record(readings, left_out)
+
+    def _bench(self, tokenizer: Tokenizer) -> Bench:
+        return Bench(tokenizer, self.make_dataset, device=self.device)
+
+    def _measured(self, step: int) -> bool:
+        """Whether probes were taken at a step."""
+        path = self.directory.probes
+        return path.exists() and any(row.get("step") == step for row in metrics.read(path))
 
     def _record(self, readings: list[Reading], left_out: list[str]) -> None:
         step = self.engine.steps_done
@@ -293,19 +316,22 @@ class Training:
         self.engine.plugins.hook.vtp_probe(engine=self.engine, step=step, readings=readings)
 
     def _finish(self) -> None:
-        """Statistics, the last checkpoint, all probes, and whatever hooks write about the run."""
-        if self.engine.rank != 0:
-            return
+        """Save, measure, save again with the latent's statistics, and let hooks write about the run."""
+        if self.saver.saved != self.engine.steps_done:
+            self.save()
         self.measure(evaluation.due(self.stack, self.keys.steps))
-        trained = {"encoder", "bottleneck"} - self.model.frozen
         statistics = {}
-        if self.model.encoder is not None and trained:
-            statistics = latent_statistics(self.tokenizer(), Bench(self.tokenizer(), self.make_dataset, device=self.device))
+        if self.model.encoder is not None and {"encoder", "bottleneck"} - self.model.frozen:
+            tokenizer = self.tokenizer()
+            with self.stopping.resting():
+                statistics = latent_statistics(tokenizer, self._bench(tokenizer))
         self.save(statistics, last=True)
-        self.directory.mark("finished", step=self.engine.steps_done)
+        self.directory.mark("finished", step=self.engine.steps_done, seconds=self._seconds())
         pages = self.engine.plugins.hook.vtp_finish(run=self.directory.path)
         self.report = next((page for page in pages if page is not None), None)
-        self.directory.mark("finished", seconds=round(time.perf_counter() - self.began, 1))
+
+    def _seconds(self) -> float:
+        return round(time.perf_counter() - self.began, 1)
 
 
 def as_row(reading: Reading) -> dict[str, Any]:

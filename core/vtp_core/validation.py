@@ -54,13 +54,12 @@ def _place(loc: tuple[int | str, ...], node: Any) -> Place:
     """The keys among pydantic's location, which also names the members of unions."""
     place: list[str] = []
     for part in loc:
-        if isinstance(node, Mapping) and part in node:
+        among = (
+            node if isinstance(node, Mapping) else range(len(node) if isinstance(node, list | tuple) else 0)
+        )
+        if part in among:
             node = node[part]
-        elif isinstance(node, list | tuple) and isinstance(part, int) and part < len(node):
-            node = node[part]
-        else:
-            continue
-        place.append(str(part))
+            place.append(str(part))
     return tuple(place)
 
 

@@ -14,6 +14,7 @@ from vtp_core.build import Model, blueprint, build
 from vtp_core.engine import Engine
 from vtp_core.forwards import Inputs
 from vtp_core.stack import Stack, check_stack
+from vtp_plugins.needs import Outputs
 from vtp_plugins.registry import Registry
 
 ROOT: dict[str, Any] = {
@@ -122,3 +123,18 @@ def close(a: Mapping[str, Tensor], b: Mapping[str, Tensor], tolerance: float = 1
         torch.testing.assert_close(
             a[key], b[key], rtol=tolerance, atol=tolerance, msg=lambda m, k=key: f"{k}: {m}"
         )
+
+
+def seen_by(engine: Any, name: str) -> list[dict[str, Outputs]]:
+    """What the objective is handed, evaluation by evaluation."""
+    found: list[dict[str, Outputs]] = []
+    engine.model.objectives[name].register_forward_pre_hook(lambda module, args: found.append(args[0]))
+    return found
+
+
+def grid(tokens: Tensor) -> Tensor:
+    return tokens.transpose(1, 2).unflatten(2, (2, 2))
+
+
+def owners(found: dict[str, Tensor]) -> set[str]:
+    return {key.partition(".")[0] for key, grad in found.items() if grad.abs().sum() > 0}

@@ -54,6 +54,7 @@ def test_streams_differ_by_seed_step_instance_and_name() -> None:
     assert torch.equal(base, StepClock().normal("x", 64))
     keys = {keyed(0, step, name, "noise") for step in range(1000) for name in ("a", "b", "a/b")}
     assert len(keys) == 3000
+    assert keyed("a/b", "c") != keyed("a", "b/c")
 
 
 def test_draws_follow_their_laws() -> None:

@@ -149,7 +149,7 @@ def test_a_critic_may_start_before_its_objective(source: str) -> None:
         before = critic.clone()
         row = engine.step(batch_of(engine, step))
         moved.append(not torch.equal(critic, before))
-        shown.append((f"fool/critic_real" in row, "fool/fool" in row))
+        shown.append(("fool/critic_real" in row, "fool/fool" in row))
     assert moved == [False, False, True, True, True, True]
     assert shown == [(False, False)] * 2 + [(True, False)] * 2 + [(True, True)] * 2
 
@@ -178,7 +178,7 @@ def test_a_critic_accumulates_like_everything_else(source: str) -> None:
 
 
 def test_a_critic_that_goes_first_cannot_accumulate() -> None:
-    with pytest.raises(StackFault, match="order 'before' needs train.accumulate=1"):
+    with pytest.raises(StackFault, match=r"order 'before' needs train.accumulate=1"):
         engine_of({"fool": {"critic": {"order": "before"}}}, train={"accumulate": 2})
     with pytest.raises(StackFault, match="input 'fresh' goes with order 'after'"):
         engine_of({"fool": {"critic": {"order": "before", "input": "fresh"}}})

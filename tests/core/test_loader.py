@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 import torch
 
-from vtp_core.data.loader import Batch, Loader
+from vtp_core.data.loader import Loader
 from vtp_core.data.order import permutation
 from vtp_core.data.pictures import BadSample
+from vtp_core.data.steps import Batch
 from vtp_core.data.views import Crops, Plain
 from vtp_plugins.errors import DataFault
 from vtp_plugins.protocols import Dataset
@@ -187,5 +188,5 @@ class Deadly(Toy):
 
 
 def test_a_dead_worker_is_one_clear_fault() -> None:
-    with pytest.raises(DataFault, match=r"worker died near step 0.*workers=0"):
+    with pytest.raises(DataFault, match=r"worker died before step 1: .*Killed.*workers=0"):
         next(iter(loader(Deadly(), workers=1)))

@@ -32,7 +32,9 @@ def test_groups_have_an_owner_and_decay_spares_vectors() -> None:
     engine = engine_of({"rebuild": {}}, encoder={"use": "patches", "optim": {"lr": 0.5, "weight_decay": 0.2}})
     groups: list[dict[str, Any]] = engine.optimizers.optimizers["adamw"].param_groups
     assert {(g["owner"], g["lr"], g["weight_decay"]) for g in groups} == {
-        ("encoder", 0.5, 0.2), ("encoder", 0.5, 0.0), ("bottleneck", 0.01, 0.05), ("decoder", 0.01, 0.05), ("decoder", 0.01, 0.0),
+        # owner, rate, decay
+        ("encoder", 0.5, 0.2), ("encoder", 0.5, 0.0),
+        ("bottleneck", 0.01, 0.05), ("decoder", 0.01, 0.05), ("decoder", 0.01, 0.0),
     }  # fmt: skip
     for group in groups:
         assert all((p.ndim > 1) == (group["weight_decay"] > 0) for p in group["params"])

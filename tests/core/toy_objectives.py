@@ -73,7 +73,7 @@ class Head(nn.Linear):
 
 
 class Distil(Objective):
-    """DINO-like: the student's `on` against the EMA teacher's, through a shared head, with a moving centre."""
+    """DINO-like: the student's `on` against the EMA teacher's, through a head, with a moving centre."""
 
     shadow = ("head",)
 
@@ -87,11 +87,15 @@ class Distil(Objective):
     def forward(self, got: Got, clock: Clock) -> dict[str, Tensor]:
         scores = wide(self.ema("head")(got["teacher"][self.on])).detach()
         target = (scores - self.centre).softmax(-1)
-        self.pending["sum"] = wide(scores.flatten(0, -2)).mean(0)
+        for name, value in {
+            "sum": wide(scores.flatten(0, -2)).sum(0),
+            "count": torch.tensor(scores[..., 0].numel()),
+        }.items():
+            self.pending[name] = self.pending.get(name, 0) + value
         return {"match": -(target * wide(self.head(got["student"][self.on])).log_softmax(-1)).sum(-1).mean()}
 
     def settle(self, clock: Clock) -> None:
-        mean = clock.total(self.pending["sum"]) / clock.world
+        mean = clock.total(self.pending["sum"]) / clock.total(self.pending["count"])
         self.centre.lerp_(mean, 0.1)
         super().settle(clock)
 
@@ -138,9 +142,7 @@ class Contrast(Objective):
         if self.draws:
             x = x + 0.1 * clock.normal("noise", *x.shape).to(x)
         everyone = clock.gather(x)
-        scores = wide(
-            self.scale * (x[:, None] * everyone).sum(-1)
-        )  # (R, W R); no matmul, which autocast would round
+        scores = wide(self.scale * (x[:, None] * everyone).sum(-1))  # (R, W R)
         own = scores.diagonal(clock.rank * len(x))
         return {"pairs": (scores.logsumexp(1) - own).mean()}
 
@@ -160,7 +162,7 @@ class Flow(Objective):
 
 
 class Align(Objective):
-    """Hidden features of the generator against a frozen teacher (REPA); with `through`, for the tokenizer alone."""
+    """Hidden features of the generator against a teacher's (REPA); with `through`, for the tokenizer."""
 
     def __init__(
         self,

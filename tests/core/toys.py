@@ -1,4 +1,4 @@
-"""Modules of negligible size, one of every kind, as a single-file plugin: `--plugin toys.py` would bring them too."""
+"""Modules of negligible size, one of every kind."""
 
 from __future__ import annotations
 

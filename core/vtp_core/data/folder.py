@@ -50,7 +50,8 @@ class ImageFolder:
     ) -> None:
         top = Path(root).expanduser()
         if not top.is_dir():
-            raise DataFault(f"data.root: there is no folder {root!r}")
+            what = "; it is a file, and a folder of pictures is wanted" if top.is_file() else ""
+            raise DataFault(f"data.root: there is no folder {root!r}{what}")
         self.splits: tuple[str, ...] = ("train", "val") if holdout or child(top, VALIDATION) else ("train",)
         if split not in self.splits:
             raise ValueError(f"data: the folder has no split {split!r}; it has {', '.join(self.splits)}")
@@ -96,8 +97,16 @@ class ImageFolder:
         digest = hashlib.sha256(self.split.encode())
         for raw in self._paths:
             name = os.fsdecode(raw)
-            digest.update(f"{name}\0{(self.root / name).stat().st_size}\n".encode(errors="surrogateescape"))
+            digest.update(f"{name}\0{size(self.root / name)}\n".encode(errors="surrogateescape"))
         return digest.hexdigest()
+
+
+def size(path: Path) -> int:
+    """Bytes of a file; -1 for a link to nothing, or a file that has gone."""
+    try:
+        return path.stat().st_size
+    except OSError:
+        return -1
 
 
 def child(top: Path, names: Sequence[str]) -> Path | None:

@@ -49,10 +49,10 @@ def expanded(path: str) -> list[Path]:
     if not found:
         raise DataFault(f"data.path: {path} holds no .tar shards")
     for shard in found:
+        if not shard.is_file():
+            raise DataFault(f"data.path: there is no {'shard' if shard.suffix else 'folder'} {shard}")
         if not PLAIN.fullmatch(shard.name):
             raise DataFault(f"data.path: {shard.name!r} is no plain name of an uncompressed .tar shard")
-        if not shard.is_file():
-            raise DataFault(f"data.path: there is no shard {shard}")
     return found
 
 
@@ -72,6 +72,7 @@ def unbraced(pattern: str) -> list[str]:
 def write_manifest(path: str | os.PathLike[str]) -> Path:
     """Read every shard of a folder whole and write ``manifest.json`` there.
 
+    Of a path that names some shards only these are read; what the manifest says of the others stays.
     Names behind labels are taken from ``classes.txt``, one a line, if it lies there too.
 
     Raises:
@@ -81,7 +82,9 @@ def write_manifest(path: str | os.PathLike[str]) -> Path:
     folder = shards[0].parent
     if any(shard.parent != folder for shard in shards):
         raise DataFault(f"data.path: {path} spans several folders; write one manifest for each")
-    table: dict[str, Any] = {"format": FORMAT, "shards": [asdict(described(shard)) for shard in shards]}
+    known = {} if Path(path).expanduser().is_dir() else _earlier(folder)
+    known |= {shard.name: described(shard) for shard in shards}
+    table: dict[str, Any] = {"format": FORMAT, "shards": [asdict(known[name]) for name in sorted(known)]}
     if (folder / "classes.txt").is_file():
         table["names"] = {"label": (folder / "classes.txt").read_text(encoding="utf-8").splitlines()}
     target = folder / NAME
@@ -89,6 +92,11 @@ def write_manifest(path: str | os.PathLike[str]) -> Path:
     temporary.write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
     temporary.replace(target)
     return target
+
+
+def _earlier(folder: Path) -> dict[str, Shard]:
+    """What an earlier manifest says."""
+    return read_manifest(folder)[0] if (folder / NAME).exists() else {}
 
 
 def described(shard: Path) -> Shard:

@@ -63,7 +63,8 @@ class Shards:
         self.split, self.verify, self.window = split, verify, window
         self.short_side = 2 * max(spec.size) if short_side is None else short_side
         self.max_pixels, self.open_shards = max_pixels, open_shards
-        self._shards, self.names = described(expanded(val if split == "val" and val else path))
+        place = val if split == "val" and val else path
+        self._shards, self.names = described(expanded(place), Path(place).expanduser().is_dir())
         share = 0.0 if val else holdout
         self._ranges = [part(shard.samples, share, split) for _, shard in self._shards]
         self._ends = list(accumulate(len(rows) for rows in self._ranges))
@@ -124,8 +125,15 @@ class Shards:
             os.close(descriptor)
 
 
-def described(paths: Sequence[Path]) -> tuple[list[tuple[Path, Shard]], Mapping[str, Sequence[str]]]:
-    """Shards with their manifest entries, and the names behind labels."""
+def described(
+    paths: Sequence[Path], whole: bool
+) -> tuple[list[tuple[Path, Shard]], Mapping[str, Sequence[str]]]:
+    """Shards with their manifest entries, and the names behind labels.
+
+    Args:
+        paths: the shards.
+        whole: they are all that their folder has, so that one which only the manifest knows is missed.
+    """
     manifests = {folder: read_manifest(folder) for folder in {path.parent for path in paths}}
     found: list[tuple[Path, Shard]] = []
     for path in paths:
@@ -135,6 +143,12 @@ def described(paths: Sequence[Path]) -> tuple[list[tuple[Path, Shard]], Mapping[
                 f"data: {path} is not in the manifest; write it with `vtp data manifest {path.parent}`"
             )
         found.append((path, shard))
+    for folder, (listed, _) in manifests.items():
+        if whole and (gone := sorted(set(listed) - {path.name for path in paths})):
+            raise DataFault(
+                f"data: {folder} has no {gone[0]}, which its manifest lists; bring it back, or write the "
+                f"manifest again: vtp data manifest {folder}"
+            )
     return found, manifests[paths[0].parent][1]
 
 

@@ -1,0 +1,73 @@
+"""The loader's worker processes: deaf to signals, missed when they die, gone when the loader is."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import threading
+from collections.abc import Iterator
+from types import FrameType, TracebackType
+from typing import Any, Self
+
+from vtp_core.stopping import SIGNALS
+
+PATIENCE = 2.0  # seconds that a worker has to end by itself
+
+
+def prepare(_: int) -> None:
+    """Let a worker outlive an interrupt, so that the main process can finish its step and its checkpoint."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
+def end(made: Iterator[Any]) -> None:
+    """End the workers behind a ``DataLoader``'s iterator; one that hangs would hold up the exit for ever."""
+
+    def kill() -> None:
+        for worker in getattr(made, "_workers", ()):
+            worker.kill()
+
+    impatient = threading.Timer(PATIENCE, kill)
+    impatient.start()
+    getattr(made, "_shutdown_workers", lambda: None)()
+    impatient.cancel()
+
+
+class Deaths:
+    """Tells of a worker's death where its batch is waited for.
+
+    torch's own handler raises wherever the main thread happens to be, such as between two optimizers.
+    """
+
+    def __init__(self) -> None:
+        self._torch: Any = None
+        self._waiting = self._seen = False
+
+    def __enter__(self) -> Self:
+        handler = signal.getsignal(signal.SIGCHLD)
+        if callable(handler) and threading.current_thread() is threading.main_thread():
+            self._torch = handler
+            signal.signal(signal.SIGCHLD, self._notice)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._torch is not None:
+            signal.signal(signal.SIGCHLD, self._torch)
+
+    @contextlib.contextmanager
+    def told(self) -> Iterator[None]:
+        """A time in which the death of a worker, also an earlier one, raises torch's ``RuntimeError``."""
+        self._waiting = True
+        try:
+            if self._seen:
+                self._torch(signal.SIGCHLD, None)
+            yield
+        finally:
+            self._waiting = False
+
+    def _notice(self, number: int, frame: FrameType | None) -> None:
+        self._seen = True
+        if self._waiting:
+            self._torch(number, frame)

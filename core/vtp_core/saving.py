@@ -1,0 +1,63 @@
+"""A run's checkpoints as training goes: a full disk is waited out, and every ending says how to go on."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Callable, Mapping
+
+from torch import Tensor
+
+from vtp_core.errors import NonFinite, StorageFault
+from vtp_core.run import checkpoint
+from vtp_core.run.directory import RunDirectory
+from vtp_plugins.registry import Registry
+
+FAILURES = 3  # checkpoints in a row that may fail before the run gives up
+_FILE = " (file)"  # how the registry ends the name of a single-file plugin
+
+
+class Saver:
+    """Writes checkpoints of one run.
+
+    Args:
+        directory: of the run.
+        keep: how many stay.
+        saved: step of the newest one; None without any.
+
+    Attributes:
+        note: told about a checkpoint that could not be written.
+    """
+
+    def __init__(self, directory: RunDirectory, keep: int, saved: int | None = None) -> None:
+        self.directory, self.keep, self.saved = directory, keep, saved
+        self.note: Callable[[str], object] = lambda line: None
+        self._failures = 0
+
+    def save(self, parts: Mapping[str, Mapping[str, Tensor]], step: int, last: bool = False) -> None:
+        """Write the checkpoint of ``step``.
+
+        Raises:
+            StorageFault: it could not be written, and neither could those before it; with ``last`` at once.
+        """
+        try:
+            checkpoint.save(self.directory.checkpoints, step, parts, {"step": step}, keep=self.keep)
+            self.saved, self._failures = step, 0
+        except StorageFault as fault:
+            self._failures += 1
+            if last or self._failures == FAILURES:
+                raise
+            self.note(f"{fault} (attempt {self._failures} of {FAILURES}; training goes on)")
+
+    def way_on(self, registry: Registry, fault: Exception | None = None) -> str:
+        """How to continue, as the last line of a message; empty where the fault says it."""
+        if isinstance(fault, StorageFault):
+            return ""
+        run = str(self.directory.path)
+        if isinstance(fault, NonFinite):
+            return f"a resumed run would repeat it; begin anew: vtp train {shlex.quote(run)} run.dir=NEW KEY=VALUE"
+        named = {e.distribution.removesuffix(_FILE) for e in registry.entries() if e.distribution.endswith(_FILE)}
+        files = [word for path in sorted(named) for word in ("--plugin", path)]
+        resume = shlex.join(["vtp", "resume", run, *files])
+        if self.saved is None:
+            return f"no checkpoint was written yet; begin it again with: {resume}"
+        return f"step {self.saved} is saved; continue with: {resume}"

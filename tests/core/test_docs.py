@@ -1,0 +1,224 @@
+"""What the pages under docs/ say of keys, outputs, commands and codes is what the code says."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+import yaml
+from pydantic import BaseModel
+
+from vtp_core import errors, options
+from vtp_core.cli import app
+from vtp_core.nodes import MODULES
+from vtp_core.planner import DECODED, ENCODED, GENERATED, LATENT, family
+from vtp_core.stack import KEYS, check_stack
+from vtp_plugins import Clock, Need, Objective
+from vtp_plugins.registry import KINDS, Registry
+
+DOCS = Path(__file__).resolve().parents[2] / "docs"
+PAGES = {page.stem: page.read_text(encoding="utf-8") for page in sorted(DOCS.glob("*.md"))}
+MODELS: dict[str, type[BaseModel]] = {
+    "train": options.Train,
+    "train.optim": options.Optim,
+    "train.teacher": options.Teacher,
+    "data": options.Data,
+    "objectives": options.Objective,
+    "objectives.balance": options.Balance,
+    "objectives.critic": options.Critic,
+    "objectives.critic.optim": options.CriticOptim,
+    "probes": options.Probe,
+    "generator": options.Generator,
+    "tokenizer": options.Tokenizer,
+    "run": options.Run,
+}
+
+
+def section(page: str, title: str) -> str:
+    """The text below a heading, up to the next heading."""
+    found = re.search(rf"^#+ {re.escape(title)}\n(.*?)(?=^#|\Z)", PAGES[page], flags=re.DOTALL | re.MULTILINE)
+    assert found, f"docs/{page}.md has no section {title!r}"
+    return found[1]
+
+
+def table(page: str, title: str) -> dict[str, list[str]]:
+    """The first table of a section: first cell without its backticks -> the other cells."""
+    rows = re.findall(r"^\| (.*) \|$|^\| (.*) \| \|$", section(page, title), flags=re.MULTILINE)
+    cells = [re.split(r"(?<!\\) ?\| ?", row[0] or row[1]) for row in rows]
+    return {first.strip("`"): [cell.strip() for cell in rest] for first, *rest in cells[1:]}
+
+
+def named(text: str) -> set[str]:
+    """Everything in backticks."""
+    return set(re.findall(r"`([^`]+)`", text))
+
+
+# ---- the stack
+
+
+def test_every_top_level_key_is_documented() -> None:
+    assert set(table("stack", "Top level")) == KEYS
+
+
+def test_every_reserved_key_of_a_component_is_documented() -> None:
+    assert set(table("stack", "Any component")) == options.COMPONENT_KEYS
+    told = set(table("stack", "objectives")) | set(table("stack", "Any component"))
+    assert told >= options.OBJECTIVE_KEYS
+
+
+def shown(default: Any) -> str:
+    """A default as YAML writes it."""
+    plain = list(default) if isinstance(default, tuple) else default
+    text: str = yaml.safe_dump(plain, default_flow_style=True)
+    return f"`{text.replace('...', '').strip()}`"
+
+
+@pytest.mark.parametrize("title", MODELS)
+def test_keys_and_defaults_are_those_of_the_code(title: str) -> None:
+    rows, fields = table("stack", title), MODELS[title].model_fields
+    assert list(rows) == list(fields)
+    for key, field in fields.items():
+        default = rows[key][1]
+        if field.is_required():
+            assert default == "compulsory", key
+        elif isinstance(field.default, BaseModel):
+            assert default == "", key
+        else:
+            assert default == shown(field.default), key
+
+
+def test_every_dial_is_documented() -> None:
+    rows = {dial: [cell for cell in cells if cell] for dial, cells in table("stack", "size").items()}
+    assert rows == {
+        dial: [shown(sets[key]) for key in ("lr", "warmup")] for dial, sets in options.DIALS.items()
+    }
+
+
+def test_the_example_is_a_stack() -> None:
+    example = re.search(r"^```yaml\n(.*?)^```", PAGES["stack"], flags=re.DOTALL | re.MULTILINE)
+    assert example
+    check_stack("example", yaml.safe_load(example[1]), Registry())
+
+
+# ---- the contract
+
+
+def test_every_kind_is_documented() -> None:
+    assert tuple(table("contract", "Kinds")) == KINDS
+
+
+def test_every_field_of_a_need_is_documented() -> None:
+    fields = [field.name for field in dataclasses.fields(Need)]
+    assert list(table("contract", "Needs")) == fields
+    written = [
+        p.name if p.default is p.empty else f"{p.name}={json.dumps(p.default) if p.default != () else '()'}"
+        for p in inspect.signature(Need).parameters.values()
+    ]
+    call = f"`Need({', '.join(written)})`".replace("null", "None")
+    assert call in section("contract", "Needs")
+
+
+def test_every_output_is_documented_with_its_family() -> None:
+    outputs = {name for row in table("contract", "Outputs") for name in re.split("` `|`", row)}
+    known = ENCODED | LATENT | DECODED | GENERATED | {"input"}
+    assert {family(output) for output in outputs} == known
+    for output in outputs:
+        assert output in (inspect.getdoc(Need) or ""), output
+
+
+def test_every_module_that_gradient_may_pass_through_is_documented() -> None:
+    assert named(table("contract", "Needs")["through"][0]) == set(MODULES.values())
+
+
+def test_every_member_of_the_clock_is_documented() -> None:
+    members = {name for name in vars(Clock) if not name.startswith("_")}
+    told = {re.sub(r"\(.*", "", name) for row in table("contract", "Clock") for name in re.split("`, `", row)}
+    assert told == members
+    for row in table("contract", "Clock"):
+        for name, arguments in re.findall(r"(\w+)\(([^)]*)\)", row):
+            parameters = list(inspect.signature(getattr(Clock, name)).parameters.values())[1:]
+            assert arguments == ", ".join(f"{'*' * (p.kind is p.VAR_POSITIONAL)}{p.name}" for p in parameters)
+
+
+def test_every_attribute_of_an_objective_is_documented() -> None:
+    attributes = set(re.findall(r"^    (\w+): ", inspect.getdoc(Objective) or "", flags=re.MULTILINE))
+    told = {name for row in table("contract", "Objectives") for name in re.split("`, `", row)}
+    assert told == attributes
+    assert named(section("contract", "Objectives")) >= options.OBJECTIVE_KEYS
+
+
+def test_every_fault_is_documented() -> None:
+    faults = {
+        name
+        for name, kind in vars(errors).items()
+        if isinstance(kind, type) and issubclass(kind, errors.Fault)
+    }
+    assert faults - {"Fault"} <= named(section("contract", "Faults"))
+
+
+# ---- the commands
+
+
+def commands(group: Any, above: str = "vtp") -> Iterator[tuple[str, Any]]:
+    """Every command by what is typed."""
+    for name, command in group.commands.items():
+        if hasattr(command, "commands"):
+            yield from commands(command, f"{above} {name}")
+        else:
+            yield f"{above} {name}", command
+
+
+COMMANDS = dict(commands(typer.main.get_command(app)))
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_is_documented_with_its_options(command: str) -> None:
+    row = re.search(
+        rf"^\| `{command}(?: [^`]*)?` \|.*$", section("commands", "The commands"), flags=re.MULTILINE
+    )
+    assert row, f"docs/commands.md has no row for {command}"
+    for option in (name for parameter in COMMANDS[command].params for name in parameter.opts):
+        assert not option.startswith("-") or option in row[0], option
+
+
+def test_no_command_is_documented_that_does_not_exist() -> None:
+    told = set(
+        re.findall(r"^\| `(vtp [a-z]+(?: [a-z]+)?)", section("commands", "The commands"), flags=re.MULTILINE)
+    )
+    assert told == set(COMMANDS)
+
+
+def test_every_exit_code_is_documented() -> None:
+    kinds = [
+        kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, errors.Fault)
+    ]
+    assert {int(code) for code in table("commands", "Exit codes")} == {kind.code for kind in kinds} | {
+        0,
+        75,
+        130,
+    }
+
+
+# ---- pages
+
+
+def anchors(text: str) -> set[str]:
+    """What headings can be linked by."""
+    titles = re.findall(r"^#+ (.+)$", re.sub(r"```.*?```", "", text, flags=re.DOTALL), flags=re.MULTILINE)
+    return {re.sub(r"[^a-z0-9_ -]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_somewhere(page: str) -> None:
+    for target, anchor in re.findall(r"\]\((?!http)([^)#]*)(?:#([^)]+))?\)", PAGES[page]):
+        path = (DOCS / target).resolve() if target else DOCS / f"{page}.md"
+        assert path.exists(), target
+        if anchor:
+            assert anchor in anchors(path.read_text(encoding="utf-8")), f"{target}#{anchor}"
