@@ -8,9 +8,13 @@ import traceback
 from collections.abc import Mapping
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vtp_core.errors import Fault, MemoryFault, PluginFault, StorageFault
+
+if TYPE_CHECKING:
+    from vtp_core.build import Model
+    from vtp_plugins.protocols import Dataset
 
 _OURS = frozenset({"vtp_core", "vtp_plugins"})
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO})
@@ -39,6 +43,24 @@ def translated(error: BaseException, parts: Mapping[str, Any] | None = None, ste
     return found
 
 
+def parts_of(
+    model: Model, probes: Mapping[str, Any], hooks: Mapping[str, Any], dataset: Dataset
+) -> dict[str, Any]:
+    """Every component of a run by its key in the stack."""
+    sections: dict[str, Mapping[str, Any]] = {
+        "objectives": model.objectives,
+        "modules": model.shared,
+        "teachers": model.teachers,
+        "views": model.views,
+        "probes": probes,
+        "hooks": hooks,
+    }
+    found: dict[str, Any] = {**model.tokenizer_modules(), "data": dataset}
+    for section, parts in sections.items():
+        found |= {f"{section}.{name}": part for name, part in parts.items()}
+    return found if model.generator is None else {**found, "generator": model.generator}
+
+
 def _storage(error: OSError, place: str) -> StorageFault:
     return StorageFault(f"{error.filename or 'output'}: {error.strerror}{place}")
 
@@ -51,7 +73,7 @@ def out_of_memory(error: BaseException) -> bool:
 
 
 def blamed(error: BaseException, parts: Mapping[str, Any], place: str = "") -> PluginFault | None:
-    """A fault that names the plugin, its distribution and the line, if a plugin's code raised the exception."""
+    """A fault that names the plugin, its distribution and the line, if a plugin's code raised it."""
     frames = [(frame, line) for frame, line in traceback.walk_tb(error.__traceback__) if _plugin(frame)]
     if not frames:
         return None

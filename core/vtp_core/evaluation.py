@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -44,7 +44,8 @@ def probe_components(stack: Stack) -> dict[str, Component]:
     """The stack's probes with their options checked."""
     found = {}
     for name, node in stack.section("probes").items():
-        found[name] = resolve(stack.registry, "probes", f"probes.{name}", node, stack.dial, taken=options.PROBE_KEYS)
+        key, taken = f"probes.{name}", options.PROBE_KEYS
+        found[name] = resolve(stack.registry, "probes", key, node, stack.dial, taken=taken)
     return found
 
 
@@ -74,9 +75,28 @@ def evaluate(run: Path, stack: Stack, limit: int | None = None) -> tuple[list[Re
         stack: its stack, perhaps with overrides of ``probes`` or ``data``.
         limit: samples per split, at most.
     """
+    if not stack.section("probes"):
+        raise StackFault("the stack names no probes; write what to take, such as probes.reconstruction={}")
     tokenizer = Tokenizer.from_pretrained(run)
     probes = build_probes(stack, tokenizer.spec)
-    return run_probes(tokenizer, probes, Bench(tokenizer, dataset_factory(stack), limit=limit))
+    return measured(tokenizer, probes, Bench(tokenizer, dataset_factory(stack), limit=limit))
+
+
+def measured(
+    tokenizer: Tokenizer, probes: Mapping[str, Probe], bench: Bench
+) -> tuple[list[Reading], list[str]]:
+    """Readings of all probes, and a line for each that was left out and each split with broken samples."""
+    readings, left_out = run_probes(tokenizer, probes, bench)
+    skipped = {split: count for split, count in bench.skipped.items() if count}
+    return readings, left_out + [f"split {s}: {n} samples could not be read" for s, n in skipped.items()]
+
+
+def as_row(reading: Reading) -> dict[str, Any]:
+    """A reading as a row of ``probes.jsonl`` and of ``vtp eval --json``."""
+    return {
+        "probe": reading.probe, "split": reading.split, "value": reading.value, "n": reading.n,
+        "protocol": reading.protocol,
+    }  # fmt: skip
 
 
 def bench_of(run: Path, **keys: Any) -> tuple[Tokenizer, Bench]:

@@ -54,9 +54,11 @@ class Saver:
             return ""
         run = str(self.directory.path)
         if isinstance(fault, NonFinite):
-            return f"a resumed run would repeat it; begin anew: vtp train {shlex.quote(run)} run.dir=NEW KEY=VALUE"
-        named = {e.distribution.removesuffix(_FILE) for e in registry.entries() if e.distribution.endswith(_FILE)}
-        files = [word for path in sorted(named) for word in ("--plugin", path)]
+            again = f"vtp train {shlex.quote(run)} run.dir=NEW KEY=VALUE"
+            return f"a resumed run would repeat it; begin anew: {again}"
+        owners = sorted({entry.distribution for entry in registry.entries()})
+        named = [owner.removesuffix(_FILE) for owner in owners if owner.endswith(_FILE)]
+        files = [word for path in named for word in ("--plugin", path)]
         resume = shlex.join(["vtp", "resume", run, *files])
         if self.saved is None:
             return f"no checkpoint was written yet; begin it again with: {resume}"

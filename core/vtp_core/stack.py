@@ -81,8 +81,9 @@ def load_stack(source: str | Path, overrides: Iterable[str] = (), registry: Regi
     """
     registry = registry or Registry()
     path = find_stack(str(source), registry)
-    name = _run_name(path.parent) if Path(source).is_dir() else path.stem
-    return check_stack(name, merged(read(path), overrides), registry)
+    if path.parent == Path(source):
+        return load_run_stack(path.parent, registry, overrides)
+    return check_stack(path.stem, merged(read(path), overrides), registry)
 
 
 def load_run_stack(run: Path, registry: Registry, overrides: Iterable[str] = (), check: bool = True) -> Stack:
@@ -122,12 +123,12 @@ def _run_name(run: Path) -> str:
 def find_stack(source: str, registry: Registry) -> Path:
     """The file behind a name or a path."""
     path = Path(source)
-    if path.suffix in {".yaml", ".yml"} or path.exists():
-        if path.is_dir():
-            path = path / "stack.yaml"
-        if not path.is_file():
-            raise StackFault(f"no stack file {source}")
+    if (path / "stack.yaml").is_file():
+        return path / "stack.yaml"
+    if path.is_file():
         return path
+    if path.suffix in {".yaml", ".yml"}:
+        raise StackFault(f"no stack file {source}")
     entry = registry.find("stacks", source, "stack")
     package = importlib.util.find_spec(entry.target)
     places = list(package.submodule_search_locations or []) if package else []

@@ -44,7 +44,7 @@ def interrupt(number: int) -> None:
 
 @contextlib.contextmanager
 def handled(handler: Callable[[int], None]) -> Iterator[None]:
-    """Call ``handler`` for every signal that would end the process, but for those that are ignored (nohup)."""
+    """Call ``handler`` for each signal that would end the process; one that is ignored (nohup) stays so."""
     before = {}
     if threading.current_thread() is threading.main_thread():  # no other thread may set handlers
         for number in SIGNALS:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from vtp_core import distributed, evaluation, options
-from vtp_core.attribution import translated
+from vtp_core.attribution import parts_of, translated
 from vtp_core.build import blueprint, build
 from vtp_core.components import resolve
 from vtp_core.data.loader import Loader
@@ -23,17 +23,14 @@ from vtp_core.engine import Engine
 from vtp_core.errors import DataFault, Fault, MemoryFault, StackFault, StorageFault
 from vtp_core.fields import check_fields, hints
 from vtp_core.forwards import Inputs
-from vtp_core.probes.bench import Bench
-from vtp_core.run import checkpoint, metrics
+from vtp_core.measuring import Measuring
+from vtp_core.run import checkpoint
 from vtp_core.run.directory import RunDirectory
 from vtp_core.run.metrics import JsonLines
 from vtp_core.run.progress import Progress
 from vtp_core.saving import Saver
 from vtp_core.stack import Stack
-from vtp_core.statistics import latent_statistics
 from vtp_core.stopping import Interrupted, Preempted, Stopping, handled
-from vtp_core.tokenizer import Tokenizer
-from vtp_plugins.reading import Reading
 
 
 def train(stack: Stack, resume: Path | None = None) -> RunDirectory:
@@ -62,16 +59,16 @@ class Training:
         self.device = device_of(self.keys.device)
         distributed.start(self.device)
         plans = blueprint(stack)
-        self.probe_components = evaluation.probe_components(stack)
+        probes = evaluation.probe_components(stack)
         self.make_dataset = evaluation.dataset_factory(stack)
         dataset = self.make_dataset(None)
         self.model = build(plans, classes=len(dataset.names.get("label", ())))
+        self.hooks = build_hooks(stack, self.model.spec)
         self.engine = Engine(
-            self.model, self.keys, stack.data.batch_size, self.device, build_hooks(stack, self.model.spec),
-            dataset.provides,
-        )  # fmt: skip
+            self.model, self.keys, stack.data.batch_size, self.device, self.hooks, dataset.provides
+        )
         self.dataset = dataset
-        self.probes = {n: c.build(self.model.spec) for n, c in self.probe_components.items()}
+        self.probes = {n: c.build(self.model.spec) for n, c in probes.items()}
         check_fields(self.model, dataset)
         self.directory = self._open(resume)
         self.metrics, self.readings = JsonLines(self.directory.metrics), JsonLines(self.directory.probes)
@@ -79,6 +76,7 @@ class Training:
         self.saver = Saver(self.directory, self.keys.keep)
         self.start = self._restore() if resume else 0
         self.stopping = Stopping()
+        self.measuring = Measuring(self.engine, self.probes, self.make_dataset, self.readings, self.stopping)
         self.whole = True  # no step is half done, so that what is in memory may be saved
         self.report: Path | None = None
 
@@ -92,7 +90,8 @@ class Training:
     def _create(self) -> RunDirectory:
         path = Path(self.stack.run.dir) if self.stack.run.dir else None
         data = self.dataset.fingerprint()
-        directory = RunDirectory.create(path, self.stack.config, self.stack.name, seed=self.keys.seed, data=data)
+        seed, name = self.keys.seed, self.stack.name
+        directory = RunDirectory.create(path, self.stack.config, name, seed=seed, data=data)
         page = plan(self.stack, self.engine.world)
         directory.write("plan.txt", str(page))
         directory.write("plan.json", json.dumps(page.data, indent=1))
@@ -176,8 +175,8 @@ class Training:
 
     def _steps(self, batches: Iterator[Batch]) -> None:
         every = max(options.steps_of(self.keys.checkpoint_every, self.keys.steps), 1)
-        if self.start and self.start < self.keys.steps and not self._measured(self.start):
-            self.measure(evaluation.due(self.stack, self.start))  # the run stopped before it could
+        if 0 < self.start < self.keys.steps and not self.measuring.taken(self.start):
+            self._measure(self.start)  # the run stopped before it could
         for _ in range(self.start, self.keys.steps):
             began = time.perf_counter()
             with self.stopping.resting():
@@ -186,9 +185,12 @@ class Training:
             self.stopping.check()
             step = self.engine.steps_done
             if step < self.keys.steps:
-                self.measure(evaluation.due(self.stack, step))
+                self._measure(step)
                 if step % every == 0:
                     self.save()
+
+    def _measure(self, step: int) -> None:
+        self.measuring.measure(evaluation.due(self.stack, step), self.progress.note)
 
     def _step(self, batch: Batch, began: float) -> None:
         """One step and its row; what comes between them must not be saved."""
@@ -203,10 +205,10 @@ class Training:
         if not loader.bad:
             return
         reasons = ", ".join(f"{reason}: {count}" for reason, count in loader.bad.items())
-        skipped = loader.bad.total()
+        counts = f"{loader.bad.total()} of {loader.read} samples read ({reasons})"
         with contextlib.suppress(StorageFault):  # the run ends anyway, for a reason that matters more
             self.directory.add("skipped.tsv", [f"{n}\t{why}" for n, why in loader.quarantine.items()])
-        self.progress.note(f"data: skipped {skipped} of {loader.read} samples read ({reasons}); named in skipped.tsv")
+        self.progress.note(f"data: skipped {counts}; named in skipped.tsv")
 
     def _inputs(self, batch: Batch) -> Inputs:
         """A loader's batch as the engine takes it."""
@@ -244,9 +246,11 @@ class Training:
 
     def _failed(self, error: BaseException) -> Fault | None:
         """The fault that an exception is, with how to go on; None for one of ours."""
-        engine, parts = self.engine, self._parts()
+        engine = self.engine
+        parts = parts_of(self.model, self.probes, self.hooks, self.dataset)
         fault = translated(error, parts, 0 if self.whole else engine.steps_done + 1)
-        if self.whole and engine.steps_done not in (0, self.saver.saved) and not isinstance(fault, StorageFault):
+        unsaved = self.whole and engine.steps_done not in (0, self.saver.saved)
+        if unsaved and not isinstance(fault, StorageFault):
             with contextlib.suppress(StorageFault):
                 self.save(last=True)
         finished = engine.rank == 0 and self.directory.finished
@@ -268,78 +272,18 @@ class Training:
             if self.engine.rank == 0:
                 self.directory.mark(status, step=self.engine.steps_done, **more)
 
-    def _parts(self) -> dict[str, Any]:
-        """Every component by its key in the stack."""
-        sections = {
-            "objectives": self.model.objectives, "modules": self.model.shared, "teachers": self.model.teachers,
-            "views": self.model.views, "probes": self.probes, "hooks": self.hooks,
-        }  # fmt: skip
-        named = {f"{section}.{name}": part for section, parts in sections.items() for name, part in parts.items()}
-        singles = self.model.tokenizer_modules() | {"generator": self.model.generator, "data": self.dataset}
-        return named | {key: part for key, part in singles.items() if part is not None}
-
-    # ---- measuring
-
-    def tokenizer(self) -> Tokenizer:
-        """The live modules as a tokenizer."""
-        return Tokenizer(self.model, self.model.objectives)
-
-    def measure(self, names: list[str]) -> None:
-        """Run probes on the student as it is; training mode is restored."""
-        if not names or self.engine.rank != 0:
-            return
-        modules = list(self.model.modules().values())
-        for module in modules:
-            module.eval()
-        tokenizer = self.tokenizer()
-        with torch.no_grad(), self.stopping.resting():
-            probes = {name: self.probes[name] for name in names}
-            readings, left_out = evaluation.measured(tokenizer, probes, self._bench(tokenizer))
-        for module in modules:
-            module.train()
-        self._record(readings, left_out)
-
-    def _bench(self, tokenizer: Tokenizer) -> Bench:
-        return Bench(tokenizer, self.make_dataset, device=self.device)
-
-    def _measured(self, step: int) -> bool:
-        """Whether probes were taken at a step."""
-        path = self.directory.probes
-        return path.exists() and any(row.get("step") == step for row in metrics.read(path))
-
-    def _record(self, readings: list[Reading], left_out: list[str]) -> None:
-        step = self.engine.steps_done
-        for reading in readings:
-            self.readings.append({"step": step, **as_row(reading)})
-        for line in left_out:
-            self.progress.note(line)
-        self.engine.plugins.hook.vtp_probe(engine=self.engine, step=step, readings=readings)
+    # ---- after the last step
 
     def _finish(self) -> None:
         """Save, measure, save again with the latent's statistics, and let hooks write about the run."""
         if self.saver.saved != self.engine.steps_done:
             self.save()
-        self.measure(evaluation.due(self.stack, self.keys.steps))
-        statistics = {}
-        if self.model.encoder is not None and {"encoder", "bottleneck"} - self.model.frozen:
-            tokenizer = self.tokenizer()
-            with self.stopping.resting():
-                statistics = latent_statistics(tokenizer, self._bench(tokenizer))
-        self.save(statistics, last=True)
-        self.directory.mark("finished", step=self.engine.steps_done, seconds=self._seconds())
+        self._measure(self.keys.steps)
+        self.save(self.measuring.statistics(), last=True)
+        self.directory.mark("finished", step=self.engine.steps_done)
         pages = self.engine.plugins.hook.vtp_finish(run=self.directory.path)
         self.report = next((page for page in pages if page is not None), None)
-
-    def _seconds(self) -> float:
-        return round(time.perf_counter() - self.began, 1)
-
-
-def as_row(reading: Reading) -> dict[str, Any]:
-    """A reading as a row of ``probes.jsonl``."""
-    return {
-        "probe": reading.probe, "split": reading.split, "value": reading.value, "n": reading.n,
-        "protocol": reading.protocol,
-    }  # fmt: skip
+        self.directory.mark("finished", seconds=round(time.perf_counter() - self.began, 1))
 
 
 def device_of(name: str) -> torch.device:
@@ -355,5 +299,5 @@ def device_of(name: str) -> torch.device:
 def build_hooks(stack: Stack, spec: Any) -> dict[str, Any]:
     """The stack's hook plugins and trackers, built."""
     nodes = stack.section("hooks") | {name: {} for name in stack.train.trackers}
-    return {n: resolve(stack.registry, "hooks", f"hooks.{n}", node, stack.dial).build(spec) for n, node in nodes.items()}
-
+    named = {n: resolve(stack.registry, "hooks", f"hooks.{n}", o, stack.dial) for n, o in nodes.items()}
+    return {name: component.build(spec) for name, component in named.items()}

@@ -56,6 +56,15 @@ def test_a_stack_is_found_by_name_or_path(load: Load, tmp_path: Path) -> None:
 def test_a_run_directory_stands_for_its_stack(tmp_path: Path) -> None:
     stack = load_stack(a_run(tmp_path), ["encoder.depth=1"], REGISTRY)
     assert (stack.name, stack.config["encoder"]["depth"]) == ("first", 1)
+    a_run(tmp_path, STACK.replace("use: emoji", "use: webdataset, path: 'http://***/x.tar'"))
+    with pytest.raises(StackFault, match="masked secret"):
+        load_stack(tmp_path, registry=REGISTRY)
+
+
+def test_a_folder_without_a_stack_hides_no_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "vtp-tiny").mkdir()
+    assert load_stack("vtp-tiny", registry=REGISTRY).name == "vtp-tiny"
 
 
 def test_a_stack_that_is_not_there_is_told(tmp_path: Path) -> None:

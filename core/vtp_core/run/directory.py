@@ -7,7 +7,7 @@ import hashlib
 import itertools
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -145,6 +145,12 @@ class RunDirectory:
         """Put a text file into the directory at once: ``plan.txt``, ``report.html``."""
         files.replace(self.path / name, text.encode())
         return self.path / name
+
+    def add(self, name: str, lines: Iterable[str]) -> Path:
+        """Put lines into a text file, each once, after those it has."""
+        path = self.path / name
+        earlier = files.read(path).decode().splitlines() if path.exists() else []
+        return self.write(name, "".join(f"{line}\n" for line in dict.fromkeys([*earlier, *lines])))
 
     def close(self) -> None:
         """Unlock; reading stays possible."""

@@ -1,0 +1,83 @@
+"""Measuring a run while it trains: probes on the student as it is, and the statistics of its latent."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from vtp_core import evaluation
+from vtp_core.probes.bench import Bench
+from vtp_core.run import metrics
+from vtp_core.run.metrics import JsonLines
+from vtp_core.statistics import latent_statistics
+from vtp_core.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from vtp_core.engine import Engine
+    from vtp_core.stopping import Stopping
+    from vtp_plugins.protocols import Dataset, Probe
+
+
+class Measuring:
+    """Takes probes of one run and records them; a signal may end it at any point.
+
+    Args:
+        engine: of the run.
+        probes: by instance name.
+        dataset: makes the dataset of a split.
+        rows: ``probes.jsonl``.
+        stopping: told when a signal may raise.
+    """
+
+    def __init__(
+        self, engine: Engine, probes: Mapping[str, Probe], dataset: Callable[[str | None], Dataset],
+        rows: JsonLines, stopping: Stopping,
+    ) -> None:  # fmt: skip
+        self.engine, self.probes, self.dataset = engine, probes, dataset
+        self.rows, self.stopping = rows, stopping
+
+    def taken(self, step: int) -> bool:
+        """Whether probes were taken at a step."""
+        rows = metrics.read(self.rows.path) if self.rows.path.exists() else []
+        return any(row.get("step") == step for row in rows)
+
+    @torch.no_grad()
+    def measure(self, names: Sequence[str], note: Callable[[str], object]) -> None:
+        """Take probes and record them; training mode is restored.
+
+        Args:
+            names: which.
+            note: told what was left out.
+        """
+        if not names or self.engine.rank != 0:
+            return
+        modules = list(self.engine.model.modules().values())
+        for module in modules:
+            module.eval()
+        tokenizer, bench = self._tokenizer()
+        with self.stopping.resting():
+            readings, left_out = evaluation.measured(tokenizer, {n: self.probes[n] for n in names}, bench)
+        for module in modules:
+            module.train()
+        step = self.engine.steps_done
+        for reading in readings:
+            self.rows.append({"step": step, **evaluation.as_row(reading)})
+        for line in left_out:
+            note(line)
+        self.engine.plugins.hook.vtp_probe(engine=self.engine, step=step, readings=readings)
+
+    def statistics(self) -> dict[str, Tensor]:
+        """Statistics of the latent, if the run trains what makes it."""
+        model = self.engine.model
+        if model.encoder is None or not {"encoder", "bottleneck"} - model.frozen:
+            return {}
+        with self.stopping.resting():
+            return latent_statistics(*self._tokenizer())
+
+    def _tokenizer(self) -> tuple[Tokenizer, Bench]:
+        """The live modules as a tokenizer, and the data beside it."""
+        tokenizer = Tokenizer(self.engine.model, self.engine.model.objectives)
+        return tokenizer, Bench(tokenizer, self.dataset, device=self.engine.device)
