@@ -95,7 +95,7 @@ class MaskSampler(Protocol):
 
 
 class Encoder(Protocol):
-    """Group ``encoders``. Also declares ``width``, ``depth``, ``patch`` (tuple) and may declare ``anchors``.
+    """Group ``encoders``. Declares ``width``, ``depth``, ``patch``, ``size``, and may declare ``anchors``.
 
     ``forward`` may return more outputs and more rows than asked; the engine slices prefixes.
     """
@@ -103,6 +103,7 @@ class Encoder(Protocol):
     width: int
     depth: int
     patch: tuple[int, ...]
+    size: tuple[int, ...]
 
     def __call__(
         self,

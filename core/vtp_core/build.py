@@ -19,8 +19,6 @@ from vtp_core.stack import Stack, links_of
 from vtp_plugins.objective import Objective
 from vtp_plugins.spec import Spec
 
-_GENERATOR_KEYS = ("path", "condition", "drop_condition", "ema", "share")
-
 
 @dataclass(slots=True)
 class Blueprint:
@@ -119,7 +117,7 @@ def blueprint(stack: Stack) -> Blueprint:
         encoder=one("encoders", "encoder", config.get("encoder")),
         links=[one("bottlenecks", f"bottleneck[{i}]", link) for i, link in enumerate(links_of(config))],
         decoder=one("decoders", "decoder", config.get("decoder")),
-        generator=one("generators", "generator", generator, _GENERATOR_KEYS),
+        generator=one("generators", "generator", generator, options.GENERATOR_KEYS),
         path=one("paths", "generator.path", (generator or {}).get("path")),
         teachers=several("teachers", "teachers"),
         modules=several("modules", "modules"),

@@ -1,16 +1,20 @@
-"""The ``vtp`` command: one program with verbs; everything else is ``key=value``. Heavy imports stay in the verbs."""
+"""The ``vtp`` command: verbs; everything else is ``key=value``. Heavy imports stay in the verbs."""
 
 from __future__ import annotations
 
 import json
-import os
 import sys
+import traceback
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 
-from vtp_core.errors import Fault
+from vtp_core.attribution import translated
+from vtp_core.cli_weights import app as weights_app
+from vtp_core.stopping import Interrupted, handled, interrupt
+
+_LONGEST, _WIDEST = 6, 600  # lines of a message, characters of a line
 
 app = typer.Typer(
     name="vtp", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
@@ -18,13 +22,13 @@ app = typer.Typer(
     epilog="First run: vtp list; vtp plan vtp-tiny; vtp train vtp-tiny",
 )  # fmt: skip
 data_app = typer.Typer(no_args_is_help=True, help="Prepare data.")
-weights_app = typer.Typer(no_args_is_help=True, help="The registry of outside weights; nothing downloads by itself.")
 app.add_typer(data_app, name="data")
 app.add_typer(weights_app, name="weights")
 
 StackName = Annotated[str, typer.Argument(metavar="STACK", help="A shipped stack's name, or a YAML file.")]
 Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Overrides; key=null or ~key removes an entry.")
+    list[str] | None,
+    typer.Argument(metavar="[KEY=VALUE]...", help="Overrides; key=null or ~key removes an entry."),
 ]
 Plugins = Annotated[
     list[Path] | None, typer.Option("--plugin", help="A Python file with PLUGINS = {...}; its code is run.")
@@ -34,23 +38,34 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run the command line; a fault ends with its message and exit code."""
+    """Run the command line; a fault ends with its message and exit code, the traceback only with --debug."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in arguments
     if debug:
         arguments.remove("--debug")
     try:
-        app(arguments, standalone_mode=True)
-    except Fault as fault:
+        with handled(interrupt):
+            app(arguments, standalone_mode=True)
+    except Interrupted as stop:
+        _end(str(stop), stop.code)
+    except Exception as error:
         if debug:
-            raise
-        typer.echo(f"vtp: {fault}", err=True)
-        raise SystemExit(fault.code) from None
-    except KeyboardInterrupt:
-        typer.echo("vtp: interrupted", err=True)
-        raise SystemExit(130) from None
-    except BrokenPipeError:  # the reader of our output went away
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            traceback.print_exc()
+        fault = translated(error)
+        if fault is None:
+            bug = "this is a bug of vtp-plugins; --debug tells where"
+            _end(f"unexpected {type(error).__name__}: {error}\n{bug}", 1)
+        else:
+            _end("\n".join([str(fault), *getattr(fault, "__notes__", ())]), fault.code)
+
+
+def _end(message: str, code: int) -> NoReturn:
+    """Say why the command ends, in a few lines: of a long message the middle is left out."""
+    lines = [line if len(line) <= _WIDEST else f"{line[:_WIDEST]}..." for line in message.splitlines()]
+    if len(lines) > _LONGEST:
+        lines[_LONGEST - 3 : -2] = ["..."]
+    typer.echo("vtp: " + "\n".join(lines), err=True)
+    raise SystemExit(code)
 
 
 def _registry(plugins: list[Path] | None = None) -> Any:
@@ -82,13 +97,17 @@ def list_(
         keys = ("kind", "name", "target", "distribution")
         typer.echo(json.dumps([{key: getattr(entry, key) for key in keys} for entry in entries], indent=1))
         return
-    widths = [max((len(getattr(e, key)) for e in entries), default=0) for key in ("kind", "name", "distribution")]
+    widths = [
+        max((len(getattr(e, key)) for e in entries), default=0) for key in ("kind", "name", "distribution")
+    ]
     for e in entries:
         typer.echo(f"{e.kind:{widths[0]}}  {e.name:{widths[1]}}  {e.distribution:{widths[2]}}  {e.target}")
 
 
 @app.command()
-def show(name: Annotated[str, typer.Argument(help="An installed name, or kind/name.")], plugin: Plugins = None) -> None:
+def show(
+    name: Annotated[str, typer.Argument(help="An installed name, or kind/name.")], plugin: Plugins = None
+) -> None:
     """Options, needs and source of one component."""
     from vtp_core.errors import StackFault, suggestion
 
@@ -96,7 +115,9 @@ def show(name: Annotated[str, typer.Argument(help="An installed name, or kind/na
     kind, _, bare = name.rpartition("/")
     entries = [e for e in registry.entries() if e.name == bare and kind in ("", e.kind)]
     if not entries:
-        raise StackFault(f"nothing named {name!r} is installed{suggestion(bare, {e.name for e in registry.entries()})}")
+        raise StackFault(
+            f"nothing named {name!r} is installed{suggestion(bare, {e.name for e in registry.entries()})}"
+        )
     for entry in entries:
         registry.find(entry.kind, entry.name)
         if entry.kind == "stacks":
@@ -112,7 +133,7 @@ def show(name: Annotated[str, typer.Argument(help="An installed name, or kind/na
 @app.command()
 def plan(
     stack: StackName, overrides: Overrides = None, plugin: Plugins = None, as_json: AsJson = False,
-    world_size: Annotated[int, typer.Option(help="Processes that share the batch.")] = 1,
+    world_size: Annotated[int, typer.Option(min=1, help="Processes that share the batch.")] = 1,
 ) -> None:  # fmt: skip
     """Print the plan of a step: forwards, rows, tokens, stages, parameters, FLOPs, memory. Reads no data."""
     loaded = _stack(stack, overrides, plugin)
@@ -126,7 +147,7 @@ def plan(
 def train(
     stack: StackName, overrides: Overrides = None, plugin: Plugins = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")] = False,
-    world_size: Annotated[int, typer.Option(help="With --dry-run: processes that share the batch.")] = 1,
+    world_size: Annotated[int, typer.Option(min=1, help="With --dry-run: processes that share it.")] = 1,
 ) -> None:  # fmt: skip
     """Train a stack; ends by writing the report and printing its path."""
     loaded = _stack(stack, overrides, plugin)
@@ -135,6 +156,9 @@ def train(
 
         typer.echo(str(page(loaded, world_size)), nl=False)
         return
+    from vtp_core.run.directory import check_free
+
+    check_free(Path(loaded.run.dir or "runs/DATE"))
     from vtp_core.training import Training
 
     _ended(Training(loaded))
@@ -143,9 +167,11 @@ def train(
 @app.command()
 def resume(run: RunPath, plugin: Plugins = None) -> None:
     """Continue a run from its newest valid checkpoint."""
+    from vtp_core.run.directory import check_idle
     from vtp_core.stack import load_run_stack
 
     loaded = load_run_stack(run, _registry(plugin))
+    check_idle(run)
     from vtp_core.training import Training
 
     _ended(Training(loaded, resume=run))
@@ -164,17 +190,16 @@ def eval_(run: RunPath, overrides: Overrides = None, as_json: AsJson = False, pl
     from vtp_core.stack import load_run_stack
 
     loaded = load_run_stack(run, _registry(plugin), overrides or ())
-    from vtp_core.evaluation import evaluate
+    from vtp_core.evaluation import as_row, evaluate
 
     readings, left_out = evaluate(run, loaded)
+    for line in left_out:
+        typer.echo(line, err=True)
     if as_json:
-        keys = ("probe", "split", "value", "n", "protocol")
-        typer.echo(json.dumps([{key: getattr(r, key) for key in keys} for r in readings], indent=1))
+        typer.echo(json.dumps([as_row(r) for r in readings], indent=1))
         return
     for r in readings:
         typer.echo(f"{r.probe:36} {r.split:16} {r.value:10.4f}  n={r.n:<6} {r.protocol}")
-    for line in left_out:
-        typer.echo(line, err=True)
 
 
 @app.command()
@@ -190,7 +215,9 @@ def report(run: RunPath) -> None:
     hooks = build_hooks(loaded, Spec())
     pages = [hook.vtp_finish(run=run) for hook in hooks.values() if hasattr(hook, "vtp_finish")]
     if not pages:
-        raise StackFault("the run's stack names no hook that writes a report; add hooks: {report: {}} and see vtp list hooks")
+        raise StackFault(
+            "the run's stack names no hook that writes a report; add hooks: {report: {}}, see vtp list hooks"
+        )
     for page in pages:
         typer.echo(f"report  {page}")
 
@@ -226,47 +253,3 @@ def manifest(path: Annotated[Path, typer.Argument(help="A folder of tar shards."
     from vtp_core.data.manifest import write_manifest
 
     typer.echo(write_manifest(path))
-
-
-@weights_app.command("list")
-def weights_list() -> None:
-    """List outside weights: what for, licence, size, whether they are here."""
-    from vtp_core import weights
-
-    for row in weights.listing():
-        size = f"{row.entry.size / 1e6:.1f} MB"
-        typer.echo(f"{row.name:14} {row.state:8} {size:>9}  {row.entry.licence:14} {row.entry.about}")
-
-
-@weights_app.command("import")
-def weights_import(
-    names: Annotated[list[str], typer.Argument(metavar="NAME...")],
-    source: Annotated[Path | None, typer.Option("--from", help="The file, when its package is not installed.")] = None,
-) -> None:
-    """Convert weights from an installed package or a file, once, to a checked safetensors file."""
-    from vtp_core import weights
-
-    for name in names:
-        typer.echo(weights.import_(name, source))
-
-
-@weights_app.command("verify")
-def weights_verify(name: Annotated[str | None, typer.Argument(metavar="[NAME]")] = None) -> None:
-    """Check the sha256 of imported weights."""
-    from vtp_core import weights
-    from vtp_core.errors import DataFault
-
-    states = weights.verify(name)
-    for one, state in states.items():
-        typer.echo(f"{one:14} {state}")
-    broken = [one for one, state in states.items() if state == "broken" or (name and state != "ready")]
-    if broken:
-        raise DataFault(f"weights {', '.join(broken)} are not as they should be. {weights.remedy(broken[0])}")
-
-
-@weights_app.command("path")
-def weights_path(name: str) -> None:
-    """Print where imported weights lie."""
-    from vtp_core import weights
-
-    typer.echo(weights.path(name))

@@ -5,14 +5,18 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from PIL import Image
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
+from torch import Tensor
 from torchvision.transforms.v2.functional import to_pil_image
 
-from vtp_core.data.views import Centre, as_image
-from vtp_core.errors import DataFault
+from vtp_core.data.pictures import BadSample, decode
+from vtp_core.data.views import Centre
+from vtp_core.errors import DataFault, StorageFault
+from vtp_core.run.files import reason, replace
 from vtp_core.tokenizer import Tokenizer
+
+ROWS = 64  # pictures of one pass
 
 
 def encode_files(run: Path, files: list[Path], out: Path) -> str:
@@ -23,23 +27,39 @@ def encode_files(run: Path, files: list[Path], out: Path) -> str:
 
     Raises:
         DataFault: a file is no picture.
+        StorageFault: the output cannot be written.
     """
+    if out.is_dir():
+        raise StorageFault(f"{out} is a folder; -o names the file to write, such as {out / 'z.safetensors'}")
     tokenizer = Tokenizer.from_pretrained(run)
     view = Centre(tokenizer.spec.size)
-    images = torch.cat([view(_picture(file)) for file in files]).float() / 255  # B x (1, 3, H, W) -> (B, 3, H, W)
-    with torch.no_grad():
-        z = tokenizer.encode(images).float().cpu().contiguous()
-    out.parent.mkdir(parents=True, exist_ok=True)
-    save_file({"latents": z}, out, metadata={"files": "\n".join(file.name for file in files)})
+    parts = []
+    for start in range(0, len(files), ROWS):
+        pictures = [view(_picture(file)) for file in files[start : start + ROWS]]
+        images = torch.cat(pictures).float() / 255  # B x (1, 3, H, W) -> (B, 3, H, W)
+        with torch.no_grad():
+            parts.append(tokenizer.encode(images).float().cpu())
+    z = torch.cat(parts).contiguous()
+    _folder(out.parent)
+    replace(out, save({"latents": z}, metadata={"files": "\n".join(file.name for file in files)}))
     return f"{out}: latents {tuple(z.shape)}"
 
 
-def _picture(file: Path) -> torch.Tensor:
+def _picture(file: Path) -> Tensor:
     try:
-        with Image.open(file) as image:
-            return as_image(image)
+        return decode(file.read_bytes(), str(file))
     except OSError as error:
-        raise DataFault(f"{file}: not a picture that can be read ({error}); give PNG, JPEG or WebP files") from error
+        raise DataFault(f"{file} cannot be read: {reason(error)}; give PNG, JPEG or WebP files") from error
+    except BadSample as error:
+        raise DataFault(f"{error}; give PNG, JPEG or WebP files") from error
+
+
+def _folder(path: Path) -> None:
+    """Make an output folder."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StorageFault(f"{path} cannot be made: {reason(error)}; -o names another place") from error
 
 
 def decode_file(run: Path, latents: Path, out: Path) -> list[Path]:
@@ -47,19 +67,29 @@ def decode_file(run: Path, latents: Path, out: Path) -> list[Path]:
 
     Raises:
         DataFault: the file holds no ``latents`` of this tokenizer's channels.
+        StorageFault: the output cannot be written.
     """
     tokenizer = Tokenizer.from_pretrained(run)
-    try:
-        z = load_file(latents).get("latents")
-    except (OSError, SafetensorError) as error:
-        raise DataFault(f"{latents}: not a safetensors file ({error}); vtp encode writes one") from error
-    if z is None or z.ndim != 4 or z.shape[1] != tokenizer.spec.channels:
-        shape = None if z is None else tuple(z.shape)
-        raise DataFault(f"{latents}: 'latents' is {shape}, (B, {tokenizer.spec.channels}, h, w) is wanted for {run}")
-    with torch.no_grad():
-        images = tokenizer.decode(z).clamp(0, 1).mul(255).round().to(torch.uint8).cpu()
-    out.mkdir(parents=True, exist_ok=True)
-    paths = [out / f"{index:05d}.png" for index in range(len(images))]
-    for image, path in zip(images, paths, strict=True):
-        to_pil_image(image).save(path)
+    z = _latents(latents, tokenizer, run)
+    _folder(out)
+    paths: list[Path] = []
+    for rows in z.split(ROWS):
+        with torch.no_grad():
+            images = tokenizer.decode(rows).clamp(0, 1).mul(255).round().to(torch.uint8).cpu()
+        for image in images:
+            paths.append(out / f"{len(paths):05d}.png")
+            to_pil_image(image).save(paths[-1])
     return paths
+
+
+def _latents(file: Path, tokenizer: Tokenizer, run: Path) -> Tensor:
+    """Checked latents (B, C, h, w) out of a file."""
+    try:
+        z = load_file(file).get("latents")
+    except (OSError, SafetensorError) as error:
+        raise DataFault(f"{file} is no safetensors file: {reason(error)}; vtp encode writes one") from error
+    channels = tokenizer.spec.channels
+    if z is None or z.ndim != 4 or z.shape[1] != channels or not z.is_floating_point() or not z.numel():
+        found = "no tensor 'latents'" if z is None else f"'latents' {tuple(z.shape)} {z.dtype}"
+        raise DataFault(f"{file} holds {found}; (B, {channels}, h, w) of floats is wanted for {run}")
+    return z.float()

@@ -107,7 +107,7 @@ class Critic(_Keys):
 
     order: Literal["before", "after"] = "after"
     input: Literal["reuse", "fresh"] = "reuse"
-    start: Step = 0
+    start: Step | None = None
     weight: float = 1.0
     optim: CriticOptim = CriticOptim()
 

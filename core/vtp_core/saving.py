@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Callable, Mapping
+from pathlib import Path
 
 from torch import Tensor
 
-from vtp_core.errors import NonFinite, StorageFault
+from vtp_core.errors import DataFault, NonFinite, StorageFault
 from vtp_core.run import checkpoint
 from vtp_core.run.directory import RunDirectory
 from vtp_plugins.registry import Registry
@@ -22,16 +23,32 @@ class Saver:
     Args:
         directory: of the run.
         keep: how many stay.
-        saved: step of the newest one; None without any.
 
     Attributes:
+        saved: step of the newest one; None without any.
         note: told about a checkpoint that could not be written.
     """
 
-    def __init__(self, directory: RunDirectory, keep: int, saved: int | None = None) -> None:
-        self.directory, self.keep, self.saved = directory, keep, saved
+    def __init__(self, directory: RunDirectory, keep: int) -> None:
+        self.directory, self.keep = directory, keep
+        self.saved: int | None = None
         self.note: Callable[[str], object] = lambda line: None
         self._failures = 0
+
+    def newest(self) -> Path | None:
+        """The newest valid checkpoint; None for a run that never wrote one.
+
+        Raises:
+            DataFault: all that were written are broken.
+        """
+        folder = self.directory.checkpoints
+        found = checkpoint.latest(folder)
+        if found is not None:
+            self.saved = checkpoint.step_of(found)
+        elif any(folder.glob("step-*")):
+            run = shlex.quote(str(self.directory.path))
+            raise DataFault(f"{run} has no valid checkpoint left; begin anew: vtp train {run} run.dir=NEW")
+        return found
 
     def save(self, parts: Mapping[str, Mapping[str, Tensor]], step: int, last: bool = False) -> None:
         """Write the checkpoint of ``step``.

@@ -87,7 +87,7 @@ class Tokenizer(nn.Module):
 
     @property
     def statistics(self) -> dict[str, Tensor]:
-        """``mean`` and ``std`` of the latent by channel, (C,), and ``count``; empty before a run has ended."""
+        """``mean`` and ``std`` of the latent by channel, (C,), and ``count``; empty before a run's end."""
         return self.model.statistics
 
     @property
@@ -116,7 +116,9 @@ class Tokenizer(nn.Module):
 
     def _shifted(self, z: Tensor, forward: bool) -> Tensor:
         if not self.statistics:
-            raise DataFault("the tokenizer has no latent statistics yet; they are computed when its run ends (vtp resume RUN)")
+            raise DataFault(
+                "the tokenizer has no latent statistics yet; its run's end computes them (vtp resume RUN)"
+            )
         shape = (1, -1, *([1] * (z.ndim - 2)))
         mean, std = (self.statistics[k].to(z).view(shape) for k in ("mean", "std"))
         return (z - mean) / std if forward else z * std + mean
@@ -160,8 +162,10 @@ class Tokenizer(nn.Module):
             if name in objective.exports:
                 return objective
         missing = [n for n in self.stack.section("objectives") if n not in self._exporters]
-        hint = f"; install the plugins of {', '.join(missing)}" if missing else "; its stack has no such objective"
-        raise LookupError(f"this tokenizer has no {name}{hint}")
+        hint = (
+            f"install the plugins of {', '.join(missing)}" if missing else "its stack has no such objective"
+        )
+        raise LookupError(f"this tokenizer has no {name}; {hint}")
 
 
 def read_run(path: Path) -> tuple[Stack, dict[str, dict[str, Tensor]]]:
@@ -176,7 +180,8 @@ def read_run(path: Path) -> tuple[Stack, dict[str, dict[str, Tensor]]]:
 
 def _bare(stack: Stack) -> Stack:
     """The stack without what a tokenizer can do without; only these names must be installed."""
-    kept = {k: v for k, v in stack.config.items() if k in {"modality", "size", "encoder", "bottleneck", "decoder"}}
+    wanted = {"modality", "size", "encoder", "bottleneck", "decoder"}
+    kept = {k: v for k, v in stack.config.items() if k in wanted}
     return check_stack(stack.name, kept, stack.registry)
 
 
@@ -186,14 +191,17 @@ def _chosen(parts: Mapping[str, Mapping[str, Tensor]], weights: str) -> dict[str
         raise StackFault(f"weights is 'student' or 'ema', not {weights!r}")
     tensors = dict(parts["tokenizer"])
     if weights == "ema":
-        averaged = {k: v for k, v in parts.get("teacher", {}).items() if k.startswith(("encoder.", "bottleneck."))}
+        teacher, own = parts.get("teacher", {}), ("encoder.", "bottleneck.")
+        averaged = {k: v for k, v in teacher.items() if k.startswith(own)}
         if not averaged:
             raise StackFault("this run kept no EMA teacher; use weights='student'")
         tensors |= averaged
     return tensors
 
 
-def _exporters_of(stack: Stack, parts: Mapping[str, Mapping[str, Tensor]], device: str) -> dict[str, Objective]:
+def _exporters_of(
+    stack: Stack, parts: Mapping[str, Mapping[str, Tensor]], device: str
+) -> dict[str, Objective]:
     """Objectives that export something and are installed, with their weights."""
     exporting = {}
     for name, node in stack.section("objectives").items():
@@ -208,7 +216,8 @@ def _exporters_of(stack: Stack, parts: Mapping[str, Mapping[str, Tensor]], devic
             exporting[name] = node
     if not exporting:
         return {}
-    kept = {k: v for k, v in stack.config.items() if k in {"modality", "size", "encoder", "bottleneck", "modules"}}
+    wanted = {"modality", "size", "encoder", "bottleneck", "modules"}
+    kept = {k: v for k, v in stack.config.items() if k in wanted}
     model = build(blueprint(Stack(stack.name, {**kept, "objectives": exporting}, stack.registry)))
     for name, objective in model.objectives.items():
         objective.load_state_dict(dict(parts[f"objectives/{name}"]), strict=False)

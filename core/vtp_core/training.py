@@ -20,7 +20,7 @@ from vtp_core.data.loader import Loader
 from vtp_core.data.steps import Batch
 from vtp_core.describe import plan
 from vtp_core.engine import Engine
-from vtp_core.errors import DataFault, Fault, MemoryFault, StackFault, StorageFault
+from vtp_core.errors import Fault, MemoryFault, StackFault, StorageFault
 from vtp_core.fields import check_fields, hints
 from vtp_core.forwards import Inputs
 from vtp_core.measuring import Measuring
@@ -74,7 +74,11 @@ class Training:
         self.metrics, self.readings = JsonLines(self.directory.metrics), JsonLines(self.directory.probes)
         self.engine.run_path = self.directory.path
         self.saver = Saver(self.directory, self.keys.keep)
-        self.start = self._restore() if resume else 0
+        try:
+            self.start = self._restore() if resume else 0
+        except BaseException:
+            self.directory.close()  # or this process could not open it again
+            raise
         self.stopping = Stopping()
         self.measuring = Measuring(self.engine, self.probes, self.make_dataset, self.readings, self.stopping)
         self.whole = True  # no step is half done, so that what is in memory may be saved
@@ -99,17 +103,11 @@ class Training:
 
     def _restore(self) -> int:
         """Load the newest valid checkpoint; a run that never wrote one begins again."""
-        found = checkpoint.latest(self.directory.checkpoints)
-        step = 0
+        found = self.saver.newest()
         if found is not None:
-            parts, state = checkpoint.load(found, verify=False)  # latest() has hashed it
-            step = self.saver.saved = int(state["step"])
-            self.engine.load({k: v for k, v in parts.items() if k != "statistics"}, step)
-        elif any(self.directory.checkpoints.glob("step-*")):
-            raise DataFault(
-                f"{self.directory.path} has no valid checkpoint; begin anew: "
-                f"vtp train {self.directory.path} run.dir=NEW"
-            )
+            parts, _ = checkpoint.load(found, verify=False)  # newest() has hashed it
+            self.engine.load({k: v for k, v in parts.items() if k != "statistics"}, self.saver.saved or 0)
+        step = self.saver.saved or 0
         checkpoint.cut(self.directory.checkpoints, step)
         self.metrics.cut(step)
         done = step == self.keys.steps and not self.directory.finished
@@ -124,7 +122,8 @@ class Training:
         self.saver.note = self.progress.note
         try:
             if self.start == self.keys.steps and self.directory.finished:
-                self._again()
+                self.progress.note(f"{self.directory.path} is finished: {self.start} of {self.start} steps")
+                self.report = self.directory.report if self.directory.report.is_file() else None
             else:
                 with handled(self.stopping):
                     self._train()
@@ -144,7 +143,7 @@ class Training:
 
     def _train(self) -> None:
         if self.engine.rank == 0:
-            self.directory.mark("running")
+            self.directory.mark("running", fault=None)
             if tight := checkpoint.short_of_room(self.directory.checkpoints, self.engine.state()):
                 self.progress.note(tight)
         self.loader = self._loader()
@@ -156,11 +155,6 @@ class Training:
             self._note_bad(self.loader)
         if self.engine.rank == 0:
             self._finish()
-
-    def _again(self) -> None:
-        """Nothing is left to do."""
-        self.progress.note(f"{self.directory.path} is finished: {self.start} of {self.keys.steps} steps")
-        self.report = self.directory.report if self.directory.report.is_file() else None
 
     def _loader(self) -> Loader:
         rows = self.engine.layout.rows_by_view()
@@ -291,9 +285,14 @@ def device_of(name: str) -> torch.device:
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        return torch.device(name)
-    except RuntimeError as error:
-        raise StackFault(f"train.device: {str(error).splitlines()[0]}") from error
+        device = torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise StackFault(
+            f"train.device: {str(error).splitlines()[0]}; train.device=auto finds one"
+        ) from error
+    if device.type == "meta":
+        raise StackFault("train.device: on 'meta' nothing is computed; train.device=auto finds a device")
+    return torch.device(name)
 
 
 def build_hooks(stack: Stack, spec: Any) -> dict[str, Any]:

@@ -9,13 +9,12 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import os
-import tempfile
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Literal
 
-from vtp_core.errors import DataFault, StackFault, suggestion
+from vtp_core.errors import DataFault, StackFault, StorageFault, suggestion
 from vtp_core.weights_table import TABLE, Entry
 
 State = Literal["ready", "missing", "broken"]
@@ -116,17 +115,15 @@ def _converted(found: Path, entry: Entry) -> bytes:
 
 
 def _write(target: Path, data: bytes) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(prefix=".tmp-", suffix=".safetensors", dir=target.parent)
+    from vtp_core.run.files import reason, replace
+
     try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, target)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+        target.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StorageFault(
+            f"{target.parent} cannot be made: {reason(error)}; VTP_HOME names another place"
+        ) from error
+    replace(target, data)
 
 
 def _entry(name: str) -> Entry:

@@ -155,7 +155,7 @@ def test_a_critic_may_start_before_its_objective(source: str) -> None:
 
 
 def test_a_watching_critic_costs_no_graph() -> None:
-    engine = engine_of({"fool": {"start": 4}, "read": {}}, **SECTIONS)
+    engine = engine_of({"fool": {"start": 4, "critic": {"start": 0}}, "read": {}}, **SECTIONS)
     assert {node.kind for node in engine.plan().live} == {"encode"}
     before = weights(engine)
     engine.step(batch_of(engine))

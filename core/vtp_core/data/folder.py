@@ -81,7 +81,7 @@ class ImageFolder:
     def __getitem__(self, index: int) -> dict[str, Any]:
         name = os.fsdecode(self._paths[index])
         path = self.root / name
-        image = decode(path.read_bytes(), name, self.short_side, self.max_pixels)
+        image = decode(contents(path, name), name, self.short_side, self.max_pixels)
         first, inside, _ = name.partition("/")
         sample: dict[str, Any] = {"image": image, "name": name}
         sample["label"] = self._classes.get(first) if inside else None
@@ -99,6 +99,14 @@ class ImageFolder:
             name = os.fsdecode(raw)
             digest.update(f"{name}\0{size(self.root / name)}\n".encode(errors="surrogateescape"))
         return digest.hexdigest()
+
+
+def contents(path: Path, name: str) -> bytes:
+    """Bytes of a picture's file."""
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise BadSample("cannot be read", name, error.strerror or str(error)) from error
 
 
 def size(path: Path) -> int:

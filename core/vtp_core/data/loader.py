@@ -111,11 +111,12 @@ class Loader:
             with deaths.told():
                 return next(made)
         except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
+            told = [str(e) for e in (error.__cause__, error) if "DataLoader worker" in str(e)]
+            if not told:
                 raise
             raise DataFault(
-                f"data: a worker died before step {step + 1}: {str(error).splitlines()[0].strip()} "
-                f"Fewer data.workers than {self.workers} need less memory; data.workers=0 reads without them"
+                f"data: a worker died before step {step + 1}: {told[0].splitlines()[0].strip()}\n"
+                f"fewer data.workers than {self.workers} need less memory, data.workers=0 reads without them"
             ) from error
 
     def _account(self, batch: Batch) -> None:

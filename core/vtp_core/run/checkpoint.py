@@ -139,6 +139,11 @@ def latest(folder: Path, note: Callable[[str], object] = _log.warning) -> Path |
     return None
 
 
+def step_of(path: Path) -> int:
+    """The step that a checkpoint's name tells."""
+    return int(path.name.removeprefix("step-"))
+
+
 def clean(folder: Path) -> list[str]:
     """Remove what a killed process left behind; returns the names. Call it once the run is locked."""
     removed = []

@@ -6,7 +6,9 @@ import datetime
 import hashlib
 import itertools
 import json
+import os
 import re
+import shlex
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
@@ -20,6 +22,7 @@ from vtp_core.run.environment import capture, masked
 from vtp_core.run.lock import Lock
 
 FORMAT = 1
+LOCK = ".lock"
 
 
 class RunDirectory:
@@ -93,7 +96,7 @@ class RunDirectory:
         if write:
             from vtp_core.run import checkpoint  # imports torch, which readers do without
 
-            run._lock = Lock(path / ".lock")
+            run._lock = Lock(path / LOCK)
             _sweep(path)
             checkpoint.clean(run.checkpoints)
         return run
@@ -138,8 +141,13 @@ class RunDirectory:
         return tree
 
     def mark(self, status: str, **more: Any) -> None:
-        """Record how the run stands: ``running``, ``finished``, ``preempted``, ``failed``; with details."""
-        files.replace_json(self.path / "run.json", masked({**self.record(), "status": status, **more}))
+        """Record how the run stands: ``running``, ``finished``, ``preempted``, ``failed``; with details.
+
+        A detail that is None is removed.
+        """
+        record = {**self.record(), "status": status, **more}
+        kept = {key: value for key, value in record.items() if value is not None}
+        files.replace_json(self.path / "run.json", masked(kept))
 
     def write(self, name: str, text: str) -> Path:
         """Put a text file into the directory at once: ``plan.txt``, ``report.html``."""
@@ -187,15 +195,45 @@ def _claim(path: Path | None, default: str) -> tuple[Path, Lock]:
         else:
             path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        what = f"run.dir: {path or default} cannot be made: {files.reason(error)}"
-        raise StorageFault(f"{what}\nchoose another place: run.dir=DIR") from error
-    lock = Lock(path / ".lock")
+        raise _unmakeable(path or default, files.reason(error)) from error
+    _refuse_foreign(path)
+    lock = Lock(path / LOCK)
     try:
         _refuse_occupied(path)
     except StackFault:
         lock.release()
         raise
+    _sweep(path)
     return path, lock
+
+
+def check_free(path: Path) -> None:
+    """Refuse early what :meth:`RunDirectory.create` would refuse, as building a run takes seconds.
+
+    Raises:
+        StackFault, StorageFault: the directory is in use, or not empty, or cannot be made.
+    """
+    place = next(p for p in (path, *path.absolute().parents) if p.exists() or p.is_symlink())
+    if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
+        raise _unmakeable(path, "Not a directory" if not place.is_dir() else f"{place} is read-only")
+    if path.is_dir():
+        _refuse_foreign(path)
+        check_idle(path)
+        _refuse_occupied(path)
+
+
+def check_idle(path: Path) -> None:
+    """Refuse early a run directory that another process writes.
+
+    Raises:
+        StackFault: it does.
+    """
+    if (path / LOCK).exists():
+        Lock(path / LOCK).release()
+
+
+def _unmakeable(path: Path | str, why: str) -> StorageFault:
+    return StorageFault(f"run.dir: {path} cannot be made: {why}\nchoose another place: run.dir=DIR")
 
 
 def _fresh(path: Path) -> Path:
@@ -213,14 +251,19 @@ def _fresh(path: Path) -> Path:
 
 def _refuse_occupied(path: Path) -> None:
     if (path / "run.json").exists():
+        name = shlex.quote(str(path))
         raise StackFault(
             f"run.dir: {path} holds a run already\n"
-            f"go on with it: vtp resume {path}; or choose another run.dir, or remove the directory"
+            f"go on with it: vtp resume {name}; or choose another run.dir, or remove the directory"
         )
-    _sweep(path)
-    ours = {".lock", "stack.yaml", "environment.json", "checkpoints"}  # a creation that was cut off
-    other = sorted(entry.name for entry in path.iterdir() if entry.name not in ours)
-    if other:
+
+
+def _refuse_foreign(path: Path) -> None:
+    """Touch no directory of somebody else's; a creation that was cut off is ours, and so is a whole run."""
+    ours = {LOCK, "stack.yaml", "environment.json", "checkpoints", "run.json"}
+    names = sorted(entry.name for entry in path.iterdir())
+    other = [name for name in names if name not in ours and not name.startswith(files.PARTIAL)]
+    if other and "run.json" not in names:
         raise StackFault(f"run.dir: {path} is not empty (it has {other[0]}); choose another run.dir")
 
 
