@@ -19,7 +19,27 @@ from vtp_core.build import blueprint, build
 from vtp_core.engine import Engine
 from vtp_core.forwards import Inputs
 
-WORDS = "a smiling face with heart eyes red cat waving hand of the woman running clock at two o'clock flag".split()
+WORDS = [
+    "a",
+    "smiling",
+    "face",
+    "with",
+    "heart",
+    "eyes",
+    "red",
+    "cat",
+    "waving",
+    "hand",
+    "of",
+    "the",
+    "woman",
+    "running",
+    "clock",
+    "at",
+    "two",
+    "o'clock",
+    "flag",
+]
 PLAIN = ["objectives.reconstruction.trunk=random", "objectives.reconstruction.allow_random_trunk=true"]
 
 

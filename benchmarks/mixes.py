@@ -1,4 +1,4 @@
-"""Objective mixes at an equal budget: AE, CLIP+AE, SSL+AE, CLIP+SSL+AE from one stack (arXiv 2512.13687, section 4).
+"""Objective mixes at an equal budget: AE, CLIP+AE, SSL+AE, CLIP+SSL+AE from one stack (arXiv 2512.13687, 4).
 
     python benchmarks/mixes.py [--steps 300] [--stack vtp-tiny] [key=value ...]
 
@@ -9,20 +9,15 @@ Every mix trains for the same floating-point operations: those that the full mix
 from __future__ import annotations
 
 import argparse
-import json
-import platform
 import tempfile
 import time
-from pathlib import Path
 from typing import Any
 
-import torch
-
+from benchmarks import tables
 from vtp_core import load_stack, plan
 from vtp_core.run.metrics import read
 from vtp_core.training import train
 
-HERE = Path(__file__).parent
 MIXES = {
     "AE": ("clip", "dino", "ibot", "koleo"),
     "CLIP+AE": ("dino", "ibot", "koleo"),
@@ -32,10 +27,12 @@ MIXES = {
 COLUMNS = {
     "PSNR": "reconstruction/psnr",
     "text to image": "zero_shot/text_to_image_top1",
-    "same emoji, CLS": "knn/cls_concept",
-    "same emoji, latent": "knn/latent_concept",
-    "sub-category, CLS": "knn/cls_label",
-    "sub-category, linear on latent": "linear/latent",
+    "same emoji, CLS": "knn/cls/concept@google",
+    "same emoji, latent": "knn/latent/concept@google",
+    "same emoji, 8x8 pixels": "knn/pixels8/concept@google",
+    "sub-category, CLS": "knn/cls/label@google",
+    "sub-category, linear on CLS": "linear/cls/label",
+    "sub-category, linear on latent": "linear/latent/label",
 }
 SPLIT = "unseen_style"
 
@@ -50,7 +47,7 @@ def main() -> None:
     shared = [*arguments.overrides, "hooks=null", "probes.reconstruction.every=null"]
     budget = flops(arguments.stack, shared) * arguments.steps
     rows = [measure(name, dropped, arguments.stack, shared, budget) for name, dropped in MIXES.items()]
-    (HERE / "mixes.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    tables.save("mixes", rows)
     write_table(rows)
 
 
@@ -64,7 +61,9 @@ def flops(stack: str, overrides: list[str]) -> int:
     return int(plan(load_stack(stack, overrides)).costs.step_flops)
 
 
-def measure(name: str, dropped: tuple[str, ...], stack: str, shared: list[str], budget: int) -> dict[str, Any]:
+def measure(
+    name: str, dropped: tuple[str, ...], stack: str, shared: list[str], budget: int
+) -> dict[str, Any]:
     """Train one mix for the budget and read its last probes."""
     overrides = overrides_of(dropped, shared)
     steps = max(round(budget / flops(stack, overrides)), 1)
@@ -79,7 +78,7 @@ def measure(name: str, dropped: tuple[str, ...], stack: str, shared: list[str], 
         environment = run.environment()
     return {
         "mix": name, "stack": stack, "steps": steps, "gflop": budget / 1e9, "seconds": round(seconds, 1),
-        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads", "data": environment.get("data"),
+        "machine": tables.machine(), "data": environment.get("data"),
         "seed": environment.get("seed"), "readings": readings,
     }  # fmt: skip
 
@@ -91,21 +90,24 @@ def value(row: dict[str, Any], probe: str) -> dict[str, Any] | None:
 
 
 def write_table(rows: list[dict[str, Any]]) -> None:
-    """Replace the table between the markers of the README."""
-    lines = ["| mix | steps | seconds | " + " | ".join(COLUMNS) + " |", "|---|---:|---:|" + "---:|" * len(COLUMNS)]
+    """Replace the section of the README."""
+    cells = []
     for row in rows:
-        cells = []
-        for probe in COLUMNS.values():
-            reading = value(row, probe)
-            cells.append("-" if reading is None else f"{reading['value']:.2f}" if "psnr" in probe else f"{reading['value']:.1%}")
-        lines.append(f"| {row['mix']} | {row['steps']} | {row['seconds']:.0f} | " + " | ".join(cells) + " |")
-    notes = sorted({f"- {label}: {r['protocol']}" for row in rows for label, probe in COLUMNS.items() if (r := value(row, probe))})
-    head = f"`{rows[0]['stack']}`, {rows[0]['gflop']:,.0f} GFLOP each, split `{SPLIT}`, seed {rows[0]['seed']}, {rows[0]['machine']}."
-    readme = HERE / "README.md"
-    text = readme.read_text(encoding="utf-8")
-    start, end = "<!-- mixes:start -->", "<!-- mixes:end -->"
-    before, after = text.split(start)[0], text.split(end)[1]
-    readme.write_text(before + "\n".join([start, head, "", *lines, "", *notes, end]) + after, encoding="utf-8")
+        readings = [value(row, probe) for probe in COLUMNS.values()]
+        shown = [
+            "-" if r is None else f"{r['value']:.{2 if 'psnr' in r['probe'] else '1%'}}" for r in readings
+        ]
+        cells.append([row["mix"], str(row["steps"]), f"{row['seconds']:.0f}", *shown])
+    first = rows[0]
+    notes = [
+        f"- {label}: {r['protocol']}" for label, probe in COLUMNS.items() if (r := value(rows[-1], probe))
+    ]
+    head = (
+        f"`{first['stack']}`, {first['gflop']:,.0f} GFLOP of training each, split `{SPLIT}`, seed {first['seed']}, "
+        f"{first['machine']}."
+    )
+    table = tables.table(["mix", "steps", "seconds", *COLUMNS], cells)
+    tables.write_section("mixes", [head, "", *table, "", *notes])
 
 
 if __name__ == "__main__":

@@ -19,12 +19,40 @@ ROWS = [  # label, probe, split, asked for, baseline probe, percent
     ("PSNR of reconstructions, trained images", "reconstruction/psnr", "train", "22.5 dB", None, False),
     ("PSNR, unseen art style", "reconstruction/psnr", "unseen_style", "", None, False),
     ("LPIPS (AlexNet), unseen art style", "reconstruction/lpips", "unseen_style", "", None, False),
-    ("FD-lite0 of reconstructions (not FID), unseen art style", "fd_lite0", "unseen_style", "", "fd_lite0/floor", False),
+    (
+        "FD-lite0 of reconstructions (not FID), unseen art style",
+        "fd_lite0",
+        "unseen_style",
+        "",
+        "fd_lite0/floor",
+        False,
+    ),
     ("text to image, top-1", "zero_shot/text_to_image_top1", "unseen_style", "15 %", None, True),
     ("image to text, top-1", "zero_shot/image_to_text_top1", "unseen_style", "", None, True),
-    ("1-NN on CLS: same emoji", "knn/cls/concept@google", "unseen_style", "26 %", "knn/pixels8/concept@google", True),
-    ("1-NN on CLS: same sub-category", "knn/cls/label@google", "unseen_style", "38 %", "knn/pixels8/label@google", True),
-    ("1-NN on the latent: same emoji", "knn/latent/concept@google", "unseen_style", "", "knn/pixels8/concept@google", True),
+    (
+        "1-NN on CLS: same emoji",
+        "knn/cls/concept@google",
+        "unseen_style",
+        "26 %",
+        "knn/pixels8/concept@google",
+        True,
+    ),
+    (
+        "1-NN on CLS: same sub-category",
+        "knn/cls/label@google",
+        "unseen_style",
+        "38 %",
+        "knn/pixels8/label@google",
+        True,
+    ),
+    (
+        "1-NN on the latent: same emoji",
+        "knn/latent/concept@google",
+        "unseen_style",
+        "",
+        "knn/pixels8/concept@google",
+        True,
+    ),
     ("linear probe on CLS: sub-category", "linear/cls/label", "unseen_style", "", None, True),
     ("linear probe on CLS: sub-category, unseen emoji", "linear/cls/label", "unseen_concept", "", None, True),
 ]
@@ -44,15 +72,17 @@ def main() -> None:
     lines.append("")
     lines.append(
         f"`make demo`: {metrics[-1]['step']} steps, {images:,} images, {seconds / 60:.1f} minutes of training on "
-        f"{run.environment()['platform']['cpus']} cores{whole}, seed {run.environment().get('seed')}. Every number with its "
-        "protocol is in the report; the table is written by `benchmarks/numbers.py`."
+        f"{run.environment()['platform']['cpus']} cores{whole}, seed {run.environment().get('seed')}. "
+        "Every number with its protocol is in the report; the table is written by `benchmarks/numbers.py`."
     )
     text = README.read_text(encoding="utf-8")
     before, rest = text.split(START)
     README.write_text(before + "\n".join([START, *lines, END]) + rest.split(END)[1], encoding="utf-8")
 
 
-def table_row(row: tuple[str, str, str, str, str | None, bool], readings: dict[tuple[str, str], dict[str, Any]]) -> str:
+def table_row(
+    row: tuple[str, str, str, str, str | None, bool], readings: dict[tuple[str, str], dict[str, Any]]
+) -> str:
     """One line of the table; empty when the run has no such reading."""
     label, probe, split, asked, baseline, percent = row
     reading = readings.get((probe, split))

@@ -9,7 +9,6 @@ beside. Writes ``step.jsonl`` and a section of ``README.md`` beside this file.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import subprocess
 import sys
@@ -22,7 +21,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import tables
 from benchmarks.measuring import (
-    PLAIN, alternating, batch_of, engine_of, median_ratio, peak_bytes, product, resident_peak,
+    PLAIN,
+    alternating,
+    batch_of,
+    engine_of,
+    median_ratio,
+    peak_bytes,
+    product,
+    resident_peak,
 )  # fmt: skip
 from benchmarks.textbook_step import Step
 from vtp_core.engine import Engine
@@ -47,7 +53,10 @@ def main() -> None:
         print(resident_peak(lambda: [ways[arguments.resident]() for _ in range(3)]))
         return
     command = [*sys.argv[1:], "--resident"]
-    grown = {way: int(subprocess.check_output([sys.executable, "-m", "benchmarks.step", *command, way])) for way in WAYS}
+    grown = {
+        way: int(subprocess.check_output([sys.executable, "-m", "benchmarks.step", *command, way]))
+        for way in WAYS
+    }
     row = {"stack": arguments.stack, **measure(engine_of(arguments.stack, overrides), arguments.rounds)}
     row |= {f"resident_{way}": size for way, size in grown.items()}
     tables.save("step", [row])
@@ -67,14 +76,19 @@ def measure(engine: Engine, rounds: int) -> dict[str, Any]:
     first = [call() for call in calls]
     if abs(first[0] - first[1]) > 1e-4 * abs(first[1]):
         raise AssertionError(f"the two ways differ: losses {first[0]} and {first[1]}")
-    with FlopCounterMode(display=False) as counter, torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+    with (
+        FlopCounterMode(display=False) as counter,
+        torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH),
+    ):
         calls[0]()
     products = counter.get_total_flops()
     saved = [saved_bytes(call) for call in calls]
     allocated = [peak_bytes(call) for call in calls]
     width = getattr(engine.model.encoder, "width", 0)
     timed = alternating([*calls, product(SIDE, SIDE, SIDE), product(4096, width, 3 * width)], rounds)
-    fixed = sum(p.numel() * p.element_size() for p in engine.optimizers.parameters()) * 3  # gradients, two moments
+    fixed = (
+        sum(p.numel() * p.element_size() for p in engine.optimizers.parameters()) * 3
+    )  # gradients, two moments
     return {
         "machine": tables.machine(), "rounds": rounds, "seed": engine.train_keys.seed, "loss": first,
         "seconds": [statistics.median(r[i] for r in timed) for i in range(2)], "speed": median_ratio(timed, 1, 0),
@@ -122,7 +136,15 @@ def section(row: dict[str, Any]) -> list[str]:
     def line(what: str, ours: float, theirs: float, unit: str, found: str, goal: str = "") -> list[str]:
         return [what, f"{ours:.3g} {unit}", f"{theirs:.3g} {unit}", found, goal]
 
-    rows = [line("time of a step", *(1e3 * s for s in row["seconds"]), "ms", f"{row['speed']:.2f} x as fast", ">= 1.8 x")]
+    rows = [
+        line(
+            "time of a step",
+            *(1e3 * s for s in row["seconds"]),
+            "ms",
+            f"{row['speed']:.2f} x as fast",
+            ">= 1.8 x",
+        )
+    ]
     for what, key, extra, goal in (
         ("saved for backward, most at once", "saved", 0, ""),
         ("the same, gradients and moments", "saved", row["fixed"], "<= 0.60"),

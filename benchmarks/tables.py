@@ -20,7 +20,11 @@ def save(name: str, rows: Sequence[dict[str, Any]]) -> None:
 
 def machine() -> str:
     """Processor, cores used and torch, for the line over a table."""
-    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines() if Path("/proc/cpuinfo").exists() else []
+    lines = (
+        Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        if Path("/proc/cpuinfo").exists()
+        else []
+    )
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     cores = torch.get_num_threads()
     return f"{names[0] if names else platform.machine()}, {cores} thread{'s'[: cores > 1]}, torch {torch.__version__}"

@@ -27,7 +27,9 @@ class RMSNorm(nn.Module):
         self.weight, self.eps = weight, eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return (x.float() * torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + self.eps)).type_as(x) * self.weight
+        return (x.float() * torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + self.eps)).type_as(
+            x
+        ) * self.weight
 
 
 def norm_of(like: Any) -> nn.Module:
@@ -76,7 +78,10 @@ class Trunk(nn.Module):
         self.patch, self.periods = like.patch[0], like.rope.periods
         self.embed = nn.Conv2d(3, like.width, self.patch, self.patch)
         self.embed.load_state_dict(
-            {"weight": like.patch_embed.proj.weight.view_as(self.embed.weight), "bias": like.patch_embed.proj.bias}
+            {
+                "weight": like.patch_embed.proj.weight.view_as(self.embed.weight),
+                "bias": like.patch_embed.proj.bias,
+            }
         )
         self.cls_token, self.mask_token = copy.deepcopy(like.cls_token), copy.deepcopy(like.mask_token)
         self.blocks = nn.ModuleList(Block(block) for block in like.blocks)
@@ -143,8 +148,14 @@ class Textbook(nn.Module):
         super().__init__()
         clip, dino, ibot, rebuild = (model.objectives[n] for n in ("clip", "dino", "ibot", "reconstruction"))
         self.trunk, self.decoder = Trunk(model.encoder), Pixels(model.decoder)
-        self.bottleneck = copy.deepcopy(model.bottleneck.links[0]) if model.bottleneck is not None else nn.Identity()
-        self.text, self.project, self.logit_scale = (copy.deepcopy(getattr(clip, n)) for n in ("text", "project", "logit_scale"))
+        self.bottleneck = (
+            copy.deepcopy(model.bottleneck.links[0]) if model.bottleneck is not None else nn.Identity()
+        )
+        self.text, self.project, self.logit_scale = (
+            copy.deepcopy(getattr(clip, n)) for n in ("text", "project", "logit_scale")
+        )
         self.dino_head, self.ibot_head = copy.deepcopy(dino.head), copy.deepcopy(ibot.head)
-        self.teacher = nn.ModuleList(copy.deepcopy(m) for m in (self.trunk, self.dino_head, self.ibot_head)).requires_grad_(False)
+        self.teacher = nn.ModuleList(
+            copy.deepcopy(m) for m in (self.trunk, self.dino_head, self.ibot_head)
+        ).requires_grad_(False)
         self.lpips = lpips_of(rebuild.perceptual)

@@ -6,10 +6,10 @@ import math
 from typing import Any
 
 import torch
-from benchmarks.textbook import Textbook
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from benchmarks.textbook import Textbook
 from vtp_core.clock import StepClock
 from vtp_core.engine import Engine
 from vtp_core.forwards import Inputs
@@ -48,9 +48,14 @@ class Step:
         self.engine, self.book, self.steps_done = engine, Textbook(engine.model), 0
         self.optim = engine.train_keys.optim
         trained = [(n, p) for n, p in self.book.named_parameters() if p.requires_grad]
-        spared = [p for n, p in trained if p.ndim < 2 or n.endswith(("token", "positional_embedding", "weight_g"))]
+        spared = [
+            p for n, p in trained if p.ndim < 2 or n.endswith(("token", "positional_embedding", "weight_g"))
+        ]
         known = {id(p) for p in spared}
-        groups = [{"params": [p for _, p in trained if id(p) not in known]}, {"params": spared, "weight_decay": 0.0}]
+        groups = [
+            {"params": [p for _, p in trained if id(p) not in known]},
+            {"params": spared, "weight_decay": 0.0},
+        ]
         keys = {"lr": self.optim.lr, "betas": self.optim.betas, "eps": self.optim.eps}
         self.adamw = torch.optim.AdamW(groups, weight_decay=self.optim.weight_decay, **keys)
 
@@ -74,7 +79,9 @@ class Step:
     def follow(self, momentum: float) -> None:
         """EMA, one parameter after another."""
         self.book.logit_scale.clamp_(max=math.log(100))
-        for copy, module in zip(self.book.teacher, (self.book.trunk, self.book.dino_head, self.book.ibot_head), strict=True):
+        for copy, module in zip(
+            self.book.teacher, (self.book.trunk, self.book.dino_head, self.book.ibot_head), strict=True
+        ):
             for slow, fast in zip(copy.parameters(), module.parameters(), strict=True):
                 slow.mul_(momentum).add_(fast, alpha=1 - momentum)
 
@@ -122,5 +129,8 @@ class Step:
         """The reconstruction's own trunk pass, L1 and LPIPS."""
         x = normalised(inputs.views["image"][: self.engine.layout.rows["reconstruction"]])
         y = self.book.decoder(self.book.bottleneck(self.book.trunk(x)[1])["latent"])
-        shown = [2 * (v * v.new_tensor(DEVIATION).view(3, 1, 1) + v.new_tensor(MEAN).view(3, 1, 1)) - 1 for v in (y, x)]
+        shown = [
+            2 * (v * v.new_tensor(DEVIATION).view(3, 1, 1) + v.new_tensor(MEAN).view(3, 1, 1)) - 1
+            for v in (y, x)
+        ]
         return {"reconstruction": (y - x).abs().mean() + self.book.lpips(*shown).mean()}

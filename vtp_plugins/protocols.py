@@ -206,7 +206,9 @@ class Sampler(Protocol):
 
     kind: str
 
-    def __call__(self, generator: Generator, shape: tuple[int, ...], condition: Any, clock: Clock) -> Tensor: ...
+    def __call__(
+        self, generator: Generator, shape: tuple[int, ...], condition: Any, clock: Clock
+    ) -> Tensor: ...
 
 
 class Bench(Protocol):

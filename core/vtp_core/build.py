@@ -152,6 +152,12 @@ def build(plans: Blueprint, classes: int = 0) -> Model:
     return model
 
 
+def spec_of(plans: Blueprint) -> Spec:
+    """Shapes of a tokenizer before it is built: its encoder on the meta device costs nothing."""
+    with torch.device("meta"):
+        return tokenizer_only(replace(plans, decoder=None)).spec
+
+
 def tokenizer_only(plans: Blueprint) -> Model:
     """The tokenizer without objectives, teachers and generator."""
     bare = replace(plans, generator=None, path=None, teachers={}, modules={}, objectives={}, views={})

@@ -103,7 +103,11 @@ def cost(stack: Stack, world: int = 1) -> tuple[Costs, Layout]:
     state.bind_shadows(model, ema)
     train = stack.train
     layout = Layout(model, stack.data.batch_size, world, train.accumulate)
-    names = tuple(n for n, keys in model.settings.items() if schedule.is_active(keys, _start(model, train.steps), train.steps))
+    names = tuple(
+        n
+        for n, keys in model.settings.items()
+        if schedule.is_active(keys, _start(model, train.steps), train.steps)
+    )
     readers = layout.readers(names)
     counted = Costs(_plan(readers, model, layout), element=8 if train.precision == "float64" else 4)
     inputs = _inputs(model, layout)
@@ -137,12 +141,18 @@ def _inputs(model: Model, layout: Layout) -> Inputs:
     views = {}
     for name, view in model.views.items():
         if name in rows:
-            blank: Any = "" if view.field == "text" else torch.zeros(
-                model.spec.signal_channels, *model.spec.size, dtype=torch.uint8, device="cpu"
+            blank: Any = (
+                ""
+                if view.field == "text"
+                else torch.zeros(
+                    model.spec.signal_channels, *model.spec.size, dtype=torch.uint8, device="cpu"
+                )
             )
             made = view(blank)
             views[name] = torch.empty(rows[name], *made.shape, dtype=made.dtype, device=META)
-    fields: dict[str, Any] = {name: torch.zeros(rows[name], dtype=torch.long, device=META) for name in layout.fields}
+    fields: dict[str, Any] = {
+        name: torch.zeros(rows[name], dtype=torch.long, device=META) for name in layout.fields
+    }
     return Inputs(views, fields)
 
 

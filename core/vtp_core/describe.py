@@ -36,20 +36,38 @@ def plan(stack: Stack, world: int = 1) -> PlanPage:
 
 
 def _forwards(costs: Costs) -> Table:
-    table = Table("forward", "rows x crops", "tokens", "outputs (rows)", "readers", "GFLOP", box=None, padding=(0, 2, 0, 0))
+    table = Table(
+        "forward",
+        "rows x crops",
+        "tokens",
+        "outputs (rows)",
+        "readers",
+        "GFLOP",
+        box=None,
+        padding=(0, 2, 0, 0),
+    )
     for node, c in costs.nodes.items():
         demand = costs.plan.demands[node]
         outputs = ", ".join(o if r == c.rows else f"{o} ({r})" for o, r in demand.rows.items())
         mark = "" if node in costs.plan.live else " - no gradient"
         readers = ", ".join(demand.readers)
-        table.add_row(f"{node}{mark}", f"{c.rows} x {c.crops}", f"{c.tokens:,}", outputs, readers, f"{c.flops / 1e9:.2f}")
+        table.add_row(
+            f"{node}{mark}",
+            f"{c.rows} x {c.crops}",
+            f"{c.tokens:,}",
+            outputs,
+            readers,
+            f"{c.flops / 1e9:.2f}",
+        )
     return table
 
 
 def _stages(costs: Costs) -> Table:
     table = Table("stage", "forwards", "objectives", "saved for backward", box=None, padding=(0, 2, 0, 0))
     for index, (stage, size) in enumerate(zip(costs.plan.stages, costs.stage_bytes(), strict=True)):
-        table.add_row(str(index + 1), ", ".join(map(str, stage.nodes)), ", ".join(stage.readers), _bytes(size))
+        table.add_row(
+            str(index + 1), ", ".join(map(str, stage.nodes)), ", ".join(stage.readers), _bytes(size)
+        )
     return table
 
 
@@ -61,10 +79,11 @@ def _sums(costs: Costs, stack: Stack) -> str:
     parameters = ", ".join(f"{owner} {count / 1e6:.2f} M" for owner, count in costs.parameters.items())
     largest = max(costs.stage_bytes(), default=0)
     lines = [
-        f"parameters     {sum(costs.parameters.values()) / 1e6:.2f} M train ({parameters}); EMA teacher {costs.ema / 1e6:.2f} M",
+        f"parameters     {sum(costs.parameters.values()) / 1e6:.2f} M train ({parameters}); "
+        f"EMA teacher {costs.ema / 1e6:.2f} M",
         f"FLOPs          {costs.step_flops / 1e9:.1f} G a step, {costs.forward_flops / 1e9:.1f} G of them forward",
-        f"memory         about {_bytes(costs.state_bytes + largest)}: {_bytes(costs.state_bytes)} parameters, gradients, "
-        f"optimizer and teacher + {_bytes(largest)} saved for backward in the largest stage",
+        f"memory         about {_bytes(costs.state_bytes + largest)}: {_bytes(costs.state_bytes)} parameters, "
+        f"gradients, optimizer and teacher + {_bytes(largest)} saved for backward in the largest stage",
         f"synchronise    {_bytes(costs.sync_bytes)} of gradients a step, with more than one process",
         f"sharing        {encodes} encoder forwards instead of {costs.unshared_forwards}; "
         f"{saved:.0%} of the forward FLOPs of encoder, bottleneck and decoder saved",
@@ -103,8 +122,16 @@ def show(entry: Entry, dial: str = "tiny") -> str:
         defaults = dial_options(loaded, dial)
         lines.append("options:")
         for name, field in schema.model_fields.items():
-            default = "required" if field.is_required() and name not in defaults else defaults.get(name, field.default)
-            lines.append(f"  {name}: {_kind(field.annotation)} = {default!r}" if default != "required" else f"  {name} (required)")
+            default = (
+                "required"
+                if field.is_required() and name not in defaults
+                else defaults.get(name, field.default)
+            )
+            lines.append(
+                f"  {name}: {_kind(field.annotation)} = {default!r}"
+                if default != "required"
+                else f"  {name} (required)"
+            )
         lines += [f"  {name}: name of an entry under 'modules'" for name in modules]
         lines += _needs(loaded)
         lines += ["", f"source: {inspect.getsourcefile(loaded)}"]
@@ -132,5 +159,7 @@ def _needs(cls: Any) -> list[str]:
     lines = ["", "reads:"]
     for slot, need in built.needs.items():
         source = "" if need.source == "student" else f" of {need.source}"
-        lines.append(f"  {slot}: {', '.join(sorted(need.want))}{source}, view {need.view!r}, mask {need.mask!r}")
+        lines.append(
+            f"  {slot}: {', '.join(sorted(need.want))}{source}, view {need.view!r}, mask {need.mask!r}"
+        )
     return lines

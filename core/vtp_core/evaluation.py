@@ -28,10 +28,14 @@ def dataset_component(stack: Stack) -> Component:
     return resolve(stack.registry, "datasets", "data", node, stack.dial, taken=options.DATA_KEYS)
 
 
-def dataset_factory(stack: Stack) -> Callable[[str | None], Dataset]:
-    """Split name to dataset; None is the split that is trained on."""
+def dataset_factory(stack: Stack, spec: Spec) -> Callable[[str | None], Dataset]:
+    """Split name to dataset; None is the split that is trained on.
+
+    Args:
+        stack: names the dataset.
+        spec: of the tokenizer; a dataset may shrink pictures that are far larger than its size.
+    """
     component = dataset_component(stack)
-    spec = Spec(modality=stack.config.get("modality", "image"), dial=stack.dial)
 
     def make(split: str | None = None) -> Dataset:
         dataset: Dataset = component.build(spec) if split is None else component.build(spec, split=split)
@@ -79,7 +83,7 @@ def evaluate(run: Path, stack: Stack, limit: int | None = None) -> tuple[list[Re
         raise StackFault("the stack names no probes; write what to take, such as probes.reconstruction={}")
     tokenizer = Tokenizer.from_pretrained(run)
     probes = build_probes(stack, tokenizer.spec)
-    return measured(tokenizer, probes, Bench(tokenizer, dataset_factory(stack), limit=limit))
+    return measured(tokenizer, probes, Bench(tokenizer, dataset_factory(stack, tokenizer.spec), limit=limit))
 
 
 def measured(
@@ -107,4 +111,4 @@ def bench_of(run: Path, **keys: Any) -> tuple[Tokenizer, Bench]:
         **keys: ``limit``, ``batch_size`` and other keys of :class:`Bench`.
     """
     tokenizer = Tokenizer.from_pretrained(run)
-    return tokenizer, Bench(tokenizer, dataset_factory(tokenizer.stack), **keys)
+    return tokenizer, Bench(tokenizer, dataset_factory(tokenizer.stack, tokenizer.spec), **keys)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from vtp_core import distributed, evaluation, options
 from vtp_core.attribution import parts_of, translated
-from vtp_core.build import blueprint, build
+from vtp_core.build import blueprint, build, spec_of
 from vtp_core.components import resolve
 from vtp_core.data.loader import Loader
 from vtp_core.data.steps import Batch
@@ -60,7 +60,7 @@ class Training:
         distributed.start(self.device)
         plans = blueprint(stack)
         probes = evaluation.probe_components(stack)
-        self.make_dataset = evaluation.dataset_factory(stack)
+        self.make_dataset = evaluation.dataset_factory(stack, spec_of(plans))
         dataset = self.make_dataset(None)
         self.model = build(plans, classes=len(dataset.names.get("label", ())))
         self.hooks = build_hooks(stack, self.model.spec)

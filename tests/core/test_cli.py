@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 
 import pytest
-
 from small import write_stack
+
 from vtp_core.cli import main
 
 
@@ -113,7 +113,11 @@ PLUGINS = {"objectives": {"shrink": Shrink}}
 
 
 def test_a_yaml_cannot_import(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for text in ("x: !!python/object/apply:os.system [true]", "size: ${oc.coerce:1,os.system}", "encoder: {_target_: os.system}"):
+    for text in (
+        "x: !!python/object/apply:os.system [true]",
+        "size: ${oc.coerce:1,os.system}",
+        "encoder: {_target_: os.system}",
+    ):
         stack = tmp_path / "evil.yaml"
         stack.write_text(text, encoding="utf-8")
         assert run(capsys, "train", str(stack))[0] == 2

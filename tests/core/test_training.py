@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 import torch
-
 from small import write_stack
+
 from vtp_core import Tokenizer, load_stack, train
 from vtp_core.cli import main
 from vtp_core.errors import DataFault, NonFinite, StackFault
@@ -46,7 +46,15 @@ def test_a_run_leaves_what_the_design_says(finished: Path) -> None:
     rows = read(finished / "metrics.jsonl")
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
     keys = set(rows[0])
-    assert {"loss", "dino/global", "weight/clip", "lr/encoder", "grad/encoder", "time/step", "time/data"} <= keys
+    assert {
+        "loss",
+        "dino/global",
+        "weight/clip",
+        "lr/encoder",
+        "grad/encoder",
+        "time/step",
+        "time/data",
+    } <= keys
     assert sorted(p.name for p in (finished / "checkpoints").iterdir()) == ["step-00000004", "step-00000006"]
 
 
@@ -74,7 +82,9 @@ def test_a_run_resumes_bit_for_bit_after_sigkill(finished: Path, tmp_path: Path)
     command = [sys.executable, "-m", "vtp_core", "train", str(finished / "stack.yaml"), f"run.dir={run}"]
     kills = 0
     while True:
-        process = subprocess.Popen(command, env=dict(os.environ), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        process = subprocess.Popen(
+            command, env=dict(os.environ), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+        )
         wanted = dice.choice([1, 2, 3, 5]) if kills < 3 else 99
         while process.poll() is None:
             written = len(stream(run)) if (run / "metrics.jsonl").exists() else 0
@@ -138,7 +148,9 @@ def test_a_loss_that_is_not_finite_stops_before_weights_move(finished: Path, tmp
     assert all(torch.equal(before[name], tensor) for name, tensor in run.engine.state()["tokenizer"].items())
 
 
-def test_an_objective_without_its_field_names_the_way_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_objective_without_its_field_names_the_way_out(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     from torchvision.transforms.v2.functional import to_pil_image
 
     pictures = tmp_path / "pictures"
@@ -171,7 +183,10 @@ def test_a_tokenizer_loads_without_its_objectives(finished: Path) -> None:
 
 def test_exports_travel_with_the_tokenizer(finished: Path) -> None:
     tokenizer = Tokenizer.from_pretrained(finished)
-    text, image = tokenizer.embed_text(["a red circle", "cat"]), tokenizer.embed_image(torch.rand(3, 3, 32, 32))
+    text, image = (
+        tokenizer.embed_text(["a red circle", "cat"]),
+        tokenizer.embed_image(torch.rand(3, 3, 32, 32)),
+    )
     assert text.shape == (2, 16)
     assert image.shape == (3, 16)
     assert torch.allclose(text.norm(dim=-1), torch.ones(2), atol=1e-5)
@@ -184,7 +199,11 @@ def test_the_ema_teacher_is_another_tokenizer(finished: Path) -> None:
 
 
 def test_a_missing_export_says_what_to_do(finished: Path, tmp_path: Path) -> None:
-    run = train(load_stack(finished / "stack.yaml", [f"run.dir={tmp_path / 'run'}", "objectives.clip=null", "train.steps=1"]))
+    run = train(
+        load_stack(
+            finished / "stack.yaml", [f"run.dir={tmp_path / 'run'}", "objectives.clip=null", "train.steps=1"]
+        )
+    )
     with pytest.raises(LookupError, match="embed_text"):
         Tokenizer.from_pretrained(run.path).embed_text(["x"])
 
