@@ -124,7 +124,9 @@ def section(rows: list[dict[str, Any]], patches: int) -> list[str]:
         share = f"{row['extra'][0] / row['extra'][1]:.1%}"
         found = [f"{row['difference']:.1e}", "<= 1e-5", f"{row['time']:.2f} x"]
         mark = " *" if row["scaled"] > 1 else ""
-        lines.append([named[row["loss"]].format(*row["scores"]), ours, theirs + mark, share, "<= 15 %", *found])
+        lines.append(
+            [named[row["loss"]].format(*row["scores"]), ours, theirs + mark, share, "<= 15 %", *found]
+        )
     note = "\\* measured at a quarter of the pairs, times 16; gradients and time are of that quarter."
     return [f"Float32, seed 0, {tables.machine()}.", "", *tables.table(head, lines), "", note]
 
