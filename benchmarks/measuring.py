@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from vtp_core import load_stack
@@ -19,27 +20,7 @@ from vtp_core.build import blueprint, build
 from vtp_core.engine import Engine
 from vtp_core.forwards import Inputs
 
-WORDS = [
-    "a",
-    "smiling",
-    "face",
-    "with",
-    "heart",
-    "eyes",
-    "red",
-    "cat",
-    "waving",
-    "hand",
-    "of",
-    "the",
-    "woman",
-    "running",
-    "clock",
-    "at",
-    "two",
-    "o'clock",
-    "flag",
-]
+WORDS = "a smiling face with heart eyes red cat waving hand of the woman running clock at two o'clock flag"
 PLAIN = ["objectives.reconstruction.trunk=random", "objectives.reconstruction.allow_random_trunk=true"]
 
 
@@ -56,7 +37,7 @@ def batch_of(engine: Engine, seed: int = 0) -> Inputs:
     for name, rows in sorted(engine.layout.rows_by_view().items()):
         view = engine.model.views[name]
         if view.field == "text":
-            captions = [" ".join(draw.choices(WORDS, k=draw.randint(2, 7))) for _ in range(rows)]
+            captions = [" ".join(draw.choices(WORDS.split(), k=draw.randint(2, 7))) for _ in range(rows)]
             views[name] = torch.stack([view(caption) for caption in captions])  # (R, L)
         else:
             shape = view(torch.zeros(spec.signal_channels, *spec.size, dtype=torch.uint8)).shape
@@ -72,7 +53,10 @@ def seconds(call: Callable[[], Any], clock: Callable[[], float] = time.perf_coun
 
 
 def alternating(
-    calls: Sequence[Callable[[], Any]], rounds: int, warm: int = 2, clock: Callable[[], float] = time.perf_counter
+    calls: Sequence[Callable[[], Any]],
+    rounds: int,
+    warm: int = 2,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> list[list[float]]:
     """Seconds of every call by round; calls take turns, so that what else the machine does meets all of them.
 
@@ -106,6 +90,34 @@ def peak_bytes(call: Callable[[], Any]) -> int:
     for event in sorted(found, key=lambda e: e.start_ns()):
         held += event.nbytes()
         peak = max(peak, held)
+    return peak
+
+
+def saved_bytes(call: Callable[[], Any]) -> int:
+    """Most bytes that autograd kept for a backward at one time; each storage once, parameters not at all."""
+    users: dict[int, int] = {}
+    held = peak = 0
+
+    class Kept:
+        """Counts a storage as long as it lives."""
+
+        def __init__(self, tensor: Tensor) -> None:
+            nonlocal held, peak
+            self.tensor, self.storage = tensor, tensor.untyped_storage()
+            self.key = 0 if tensor.is_leaf and tensor.requires_grad else self.storage._cdata
+            users[self.key] = users.get(self.key, 0) + 1
+            if self.key and users[self.key] == 1:
+                held += self.storage.nbytes()
+                peak = max(peak, held)
+
+        def __del__(self) -> None:
+            nonlocal held
+            users[self.key] -= 1
+            if self.key and not users[self.key]:
+                held -= self.storage.nbytes()
+
+    with torch.autograd.graph.saved_tensors_hooks(Kept, lambda kept: kept.tensor):
+        call()
     return peak
 
 

@@ -79,15 +79,16 @@ def loader_time(stack: str, overrides: list[str], steps: int) -> dict[str, float
     engine, loaded = engine_of(stack, overrides), load_stack(stack, overrides)
     views, rows = engine.model.views, engine.layout.rows_by_view()
     dataset = dataset_factory(loaded, engine.model.spec)(None)
-    keys = {"batch_size": loaded.data.batch_size, "stop": steps + 2}
     chosen = {name: view for name, view in views.items() if name in rows}
-    alone = Loader(dataset, chosen, rows, **keys)
-    with contextlib.closing(iter(alone)) as batches:
+
+    def loader(workers: int) -> Loader:
+        size = loaded.data.batch_size
+        return Loader(dataset, chosen, rows, batch_size=size, workers=workers, stop=steps + 2)
+
+    with contextlib.closing(iter(loader(0))) as batches:
         made = [seconds(lambda: next(batches)) for _ in range(steps)]
     waits, works = [], []
-    with contextlib.closing(
-        iter(Loader(dataset, chosen, rows, workers=loaded.data.workers, **keys))
-    ) as batches:
+    with contextlib.closing(iter(loader(loaded.data.workers))) as batches:
         for _ in range(steps + 2):
             began = time.perf_counter()
             batch = next(batches)
@@ -124,9 +125,9 @@ def section(row: dict[str, Any]) -> list[str]:
         ["`vtp list`", f"{row['list']:.2f} s", "", "< 0.7 s"],
     ]
     head = (
-        f"Medians of {row['rounds']} toy steps, {row['steps']} steps of the stack with {row['workers']} worker, 5 commands; seed "
-        f"{row['seed']}, {row['machine']}. The engine's own time is a toy step ({1e6 * row['engine']:.0f} us) less the same "
-        f"by hand ({1e6 * row['by_hand']:.0f} us)."
+        f"Medians of {row['rounds']} toy steps (processor time), {row['steps']} steps of the stack with "
+        f"{row['workers']} worker, 5 commands; seed {row['seed']}, {row['machine']}. The engine's own time is a toy "
+        f"step ({1e6 * row['engine']:.0f} us) less the same by hand ({1e6 * row['by_hand']:.0f} us)."
     )
     return [head, "", *tables.table(["", "takes", "share", "goal"], lines)]
 

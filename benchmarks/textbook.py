@@ -1,13 +1,12 @@
 """VTP's step as papers and released code write it, with the engine's own weights: what ``step.py`` measures against.
 
 Three trunk forwards (arXiv 2512.13687's code), every token in every block, logits as whole matrices, one sum of all
-losses, one backward, AdamW and EMA parameter by parameter. Shares no code with vtp_core but the shapes of its weights.
+losses, one backward, AdamW and EMA parameter by parameter. Shares no code with vtp_core, only shapes of weights.
 """
 
 from __future__ import annotations
 
 import copy
-import warnings
 from typing import Any
 
 import torch
@@ -27,9 +26,8 @@ class RMSNorm(nn.Module):
         self.weight, self.eps = weight, eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return (x.float() * torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + self.eps)).type_as(
-            x
-        ) * self.weight
+        y = x.float() * torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + self.eps)
+        return y.type_as(x) * self.weight
 
 
 def norm_of(like: Any) -> nn.Module:
@@ -77,12 +75,8 @@ class Trunk(nn.Module):
         super().__init__()
         self.patch, self.periods = like.patch[0], like.rope.periods
         self.embed = nn.Conv2d(3, like.width, self.patch, self.patch)
-        self.embed.load_state_dict(
-            {
-                "weight": like.patch_embed.proj.weight.view_as(self.embed.weight),
-                "bias": like.patch_embed.proj.bias,
-            }
-        )
+        linear = like.patch_embed.proj
+        self.embed.load_state_dict({"weight": linear.weight.view_as(self.embed.weight), "bias": linear.bias})
         self.cls_token, self.mask_token = copy.deepcopy(like.cls_token), copy.deepcopy(like.mask_token)
         self.blocks = nn.ModuleList(Block(block) for block in like.blocks)
         self.norm = norm_of(like.norm)
@@ -127,18 +121,15 @@ class Pixels(nn.Module):
         return F.pixel_shuffle(x, self.patch)
 
 
-def lpips_of(perceptual: Any) -> nn.Module:
+def lpips_of(perceptual: Any) -> Any:
     """The lpips package's own module with the same trunk and heads."""
     import lpips
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)
-        made: Any = lpips.LPIPS(net="alex", pretrained=False, pnet_rand=True, verbose=False)
+    made = lpips.LPIPS(net="alex", pretrained=False, pnet_rand=True, verbose=False)
     for index, (part, head) in enumerate(zip(perceptual.slices, perceptual.heads, strict=True)):
         getattr(made.net, f"slice{index + 1}").load_state_dict(part.state_dict())
-        made.lins[index].model[1].weight.data = head.view_as(made.lins[index].model[1].weight).clone()
-    found: nn.Module = made.requires_grad_(False).eval()
-    return found
+        made.lins[index].model[1].load_state_dict({"weight": head.view(1, -1, 1, 1)})
+    return made.requires_grad_(False).eval()
 
 
 class Textbook(nn.Module):
@@ -146,16 +137,13 @@ class Textbook(nn.Module):
 
     def __init__(self, model: Model) -> None:
         super().__init__()
-        clip, dino, ibot, rebuild = (model.objectives[n] for n in ("clip", "dino", "ibot", "reconstruction"))
+        named: dict[str, Any] = dict(model.objectives)
+        clip, dino, ibot = named["clip"], named["dino"], named["ibot"]
+        assert model.bottleneck is not None
         self.trunk, self.decoder = Trunk(model.encoder), Pixels(model.decoder)
-        self.bottleneck = (
-            copy.deepcopy(model.bottleneck.links[0]) if model.bottleneck is not None else nn.Identity()
-        )
-        self.text, self.project, self.logit_scale = (
-            copy.deepcopy(getattr(clip, n)) for n in ("text", "project", "logit_scale")
-        )
+        self.bottleneck, self.text = copy.deepcopy(model.bottleneck.links[0]), copy.deepcopy(clip.text)
+        self.project, self.logit_scale = copy.deepcopy(clip.project), copy.deepcopy(clip.logit_scale)
         self.dino_head, self.ibot_head = copy.deepcopy(dino.head), copy.deepcopy(ibot.head)
-        self.teacher = nn.ModuleList(
-            copy.deepcopy(m) for m in (self.trunk, self.dino_head, self.ibot_head)
-        ).requires_grad_(False)
-        self.lpips = lpips_of(rebuild.perceptual)
+        followed = (self.trunk, self.dino_head, self.ibot_head)
+        self.teacher = nn.ModuleList(copy.deepcopy(m) for m in followed).requires_grad_(False)
+        self.lpips = lpips_of(named["reconstruction"].perceptual)

@@ -45,18 +45,21 @@ class Step:
     """The textbook on an engine's stack: ``vtp-tiny``'s objectives, weights, rows and masks."""
 
     def __init__(self, engine: Engine) -> None:
-        self.engine, self.book, self.steps_done = engine, Textbook(engine.model), 0
+        self.engine, self.steps_done = engine, 0
+        self.book: Any = Textbook(engine.model)
         self.optim = engine.train_keys.optim
-        trained = [(n, p) for n, p in self.book.named_parameters() if p.requires_grad]
+        trained: list[tuple[str, Tensor]] = [
+            (n, p) for n, p in self.book.named_parameters() if p.requires_grad
+        ]
         spared = [
             p for n, p in trained if p.ndim < 2 or n.endswith(("token", "positional_embedding", "weight_g"))
         ]
         known = {id(p) for p in spared}
-        groups = [
+        groups: list[dict[str, Any]] = [
             {"params": [p for _, p in trained if id(p) not in known]},
             {"params": spared, "weight_decay": 0.0},
         ]
-        keys = {"lr": self.optim.lr, "betas": self.optim.betas, "eps": self.optim.eps}
+        keys: dict[str, Any] = {"lr": self.optim.lr, "betas": self.optim.betas, "eps": self.optim.eps}
         self.adamw = torch.optim.AdamW(groups, weight_decay=self.optim.weight_decay, **keys)
 
     def __call__(self, inputs: Inputs) -> float:
@@ -64,7 +67,7 @@ class Step:
         keys, model = self.engine.train_keys, self.engine.model
         losses = {**self.clip(inputs), **self.understanding(inputs), **self.reconstruction(inputs)}
         loss = torch.stack([value * float(model.settings[n].weight) for n, value in losses.items()]).sum()  # type: ignore[arg-type]
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         parameters = [p for p in self.book.parameters() if p.requires_grad]
         nn.utils.clip_grad_norm_(parameters, keys.max_grad_norm or math.inf)
         for group in self.adamw.param_groups:
@@ -123,7 +126,7 @@ class Step:
         x = F.normalize(x, dim=-1)
         with torch.no_grad():
             neighbour = (x @ x.t()).fill_diagonal_(-1).argmax(1)
-        return -(nn.PairwiseDistance(2, eps=1e-8)(x, x[neighbour]) + 1e-8).log().mean()
+        return -(F.pairwise_distance(x, x[neighbour], eps=1e-8) + 1e-8).log().mean()
 
     def reconstruction(self, inputs: Inputs) -> dict[str, Tensor]:
         """The reconstruction's own trunk pass, L1 and LPIPS."""

@@ -1,4 +1,4 @@
-"""Modules that cost next to nothing, and VTP's plan on them by hand: what is left of a step is the engine's own time."""
+"""Modules that cost next to nothing, and VTP's step on them by hand: what else a step takes is the engine's."""
 
 from __future__ import annotations
 
@@ -97,18 +97,24 @@ class Watch:
 
 
 PLUGINS = {"encoders": {"dot": Dot}, "decoders": {"dots": Dots}, "objectives": {"mean": Mean}}
-SHARE = {"use": "mean", "rows": 0.5}
+STUDENT, TEACHER = ["global", "cls", "student"], ["global", "cls", "ema"]
+PATCHES = {source: ["global", "patches@block", source] for source in ("student", "ema")}
+READS = {
+    "clip": {"image": ["image", "cls", "student"]},
+    "dino": {"student": STUDENT, "teacher": TEACHER, "local": ["local", "cls", "student"]},
+    "ibot": PATCHES,
+    "koleo": {"student": STUDENT},
+    "reconstruction": {"image": ["image", "decoded", "student"]},
+}
 STACK: dict[str, Any] = {
-    "data": {"use": "emoji", "batch_size": 8},
-    "encoder": {"use": "dot"}, "bottleneck": {"use": "linear", "channels": 1}, "decoder": {"use": "dots"},
+    "data": {"use": "emoji", "batch_size": ROWS["image"]},
+    "encoder": {"use": "dot"},
+    "bottleneck": {"use": "linear", "channels": 1},
+    "decoder": {"use": "dots"},
     "objectives": {
-        "clip": {"use": "mean", "reads": {"image": ["image", "cls", "student"]}},
-        "dino": {**SHARE, "reads": {"a": ["global", "cls", "student"], "b": ["global", "cls", "ema"], "c": ["local", "cls", "student"]}},
-        "ibot": {**SHARE, "reads": {"a": ["global", "patches@block", "student"], "b": ["global", "patches@block", "ema"]}},
-        "koleo": {**SHARE, "reads": {"a": ["global", "cls", "student"]}},
-        "reconstruction": {**SHARE, "reads": {"image": ["image", "decoded", "student"]}},
+        n: {"use": "mean", "rows": 1.0 if n == "clip" else 0.5, "reads": r} for n, r in READS.items()
     },
-}  # fmt: skip
+}
 
 
 def by_hand(engine: Engine, inputs: Inputs) -> Callable[[], None]:
@@ -131,16 +137,10 @@ def by_hand(engine: Engine, inputs: Inputs) -> Callable[[], None]:
         student = encoder(crops, select={"block": places})
         with torch.no_grad():
             seen = teacher(crops, select={"block": places})
-        parts = [
-            student["cls"],
-            seen["cls"],
-            encoder(signal("local"))["cls"],
-            student["patches@block"],
-            seen["patches@block"],
-            student["cls"],
-        ]
+        parts = [student["cls"], seen["cls"], encoder(signal("local"))["cls"], student["cls"]]
+        parts += [student["patches@block"], seen["patches@block"]]
         second = torch.stack([part.mean() for part in parts]).sum()
-        second.backward()  # type: ignore[no-untyped-call]
+        second.backward()
         norm = torch.nn.utils.clip_grad_norm_(parameters, 3.0, foreach=True)
         torch.stack([first.detach(), second.detach(), norm]).tolist()
         adamw.step()

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 _OURS = frozenset({"vtp_core", "vtp_plugins"})
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO})
 _NO_MEMORY = ("can't allocate memory", "out of memory")
+_THRIFT = "a smaller data.batch_size, a larger train.accumulate or train.precision=bfloat16 needs less"
 _LONGEST = 300  # characters of an exception's own words
 
 
@@ -34,7 +35,7 @@ def translated(error: BaseException, parts: Mapping[str, Any] | None = None, ste
         return error
     place = f" at step {step}" if step else ""
     if out_of_memory(error):
-        return MemoryFault(f"out of memory{place}: {_words(error)}")
+        return MemoryFault(f"out of memory{place}: {_words(error)}\n{_THRIFT}")
     if isinstance(error, OSError) and error.errno in _FULL:
         return _storage(error, place)
     found = blamed(error, parts or {}, place)

@@ -20,7 +20,7 @@ from vtp_core.data.loader import Loader
 from vtp_core.data.steps import Batch
 from vtp_core.describe import plan
 from vtp_core.engine import Engine
-from vtp_core.errors import Fault, MemoryFault, StackFault, StorageFault
+from vtp_core.errors import Fault, StackFault, StorageFault
 from vtp_core.fields import check_fields, hints
 from vtp_core.forwards import Inputs
 from vtp_core.measuring import Measuring
@@ -230,9 +230,8 @@ class Training:
     def _stopped(self) -> Preempted:
         """A signal came: save what is whole, unless a second one asked for haste."""
         assert self.stopping.asked is not None
-        code = Interrupted(self.stopping.asked).code
-        step = self.engine.steps_done
-        if self.whole and not self.stopping.twice and self.saver.saved != step:
+        code, step = Interrupted(self.stopping.asked).code, self.engine.steps_done
+        if self._unsaved() and not self.stopping.twice:
             with handled(self.stopping):
                 self.save(last=True)
         self._mark("preempted")
@@ -243,22 +242,20 @@ class Training:
         engine = self.engine
         parts = parts_of(self.model, self.probes, self.hooks, self.dataset)
         fault = translated(error, parts, 0 if self.whole else engine.steps_done + 1)
-        unsaved = self.whole and engine.steps_done not in (0, self.saver.saved)
-        if unsaved and not isinstance(fault, StorageFault):
+        if self._unsaved() and not isinstance(fault, StorageFault):
             with contextlib.suppress(StorageFault):
                 self.save(last=True)
         finished = engine.rank == 0 and self.directory.finished
         if not finished:
             self._mark("failed", fault=str(fault or repr(error)))
-        if isinstance(fault, MemoryFault):
-            fault.add_note(
-                f"try data.batch_size={self.stack.data.batch_size // 2}, train.accumulate="
-                f"{2 * self.keys.accumulate} or train.precision=bfloat16 in a new run"
-            )
         way_on = "the run itself is complete" if finished else self.saver.way_on(self.stack.registry, fault)
         if fault is not None and way_on:
             fault.add_note(way_on)
         return fault
+
+    def _unsaved(self) -> bool:
+        """Whether what is in memory is worth a checkpoint and fit for one."""
+        return self.whole and self.engine.steps_done not in (0, self.saver.saved)
 
     def _mark(self, status: str, **more: Any) -> None:
         """Record how the run stands, as far as the disk lets us."""

@@ -10,7 +10,7 @@ from typing import Any
 from torch.utils.data import DataLoader
 
 from vtp_core.data.steps import Batch, Steps
-from vtp_core.data.workers import Deaths, end, prepare
+from vtp_core.data.workers import Deaths, cause, end, prepare
 from vtp_plugins.errors import DataFault
 from vtp_plugins.protocols import Dataset, View
 
@@ -110,12 +110,11 @@ class Loader:
         try:
             with deaths.told():
                 return next(made)
-        except RuntimeError as error:
-            told = [str(e) for e in (error.__cause__, error) if "DataLoader worker" in str(e)]
-            if not told:
+        except (RuntimeError, OSError, EOFError) as error:  # a batch half handed over is an OSError
+            if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
                 raise
             raise DataFault(
-                f"data: a worker died before step {step + 1}: {told[0].splitlines()[0].strip()}\n"
+                f"data: a worker died before step {step + 1}: {cause(made, error)}\n"
                 f"fewer data.workers than {self.workers} need less memory, data.workers=0 reads without them"
             ) from error
 

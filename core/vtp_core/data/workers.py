@@ -33,6 +33,15 @@ def end(made: Iterator[Any]) -> None:
     impatient.cancel()
 
 
+def cause(made: Iterator[Any], error: Exception) -> str:
+    """What ended a worker: a signal's name where there is one, else what torch says."""
+    codes = [worker.exitcode for worker in getattr(made, "_workers", ())]
+    for number in (-code for code in codes if code is not None and code < 0):
+        hint = "; /dev/shm is too small" if number == signal.SIGBUS else ""
+        return f"it was killed by {signal.Signals(number).name}{hint}"
+    return str(error).partition("\n")[0] or type(error).__name__
+
+
 class Deaths:
     """Tells of a worker's death where its batch is waited for.
 

@@ -7,11 +7,14 @@ import fcntl
 import json
 import os
 import socket
+import time
 from pathlib import Path
 from typing import Any
 
 from vtp_core.errors import StackFault, StorageFault
 from vtp_core.run.files import reason, write_all
+
+PATIENCE = 2.0  # seconds
 
 
 class Lock:
@@ -36,7 +39,7 @@ class Lock:
         except OSError as error:
             raise StorageFault(f"{path} cannot be opened: {reason(error)}") from error
         try:
-            owned = _flock(handle)
+            owned = _patient(handle, _record(handle))
             record = _record(handle)
             if owned is False or _may_live(record, trust=owned is True):
                 raise StackFault(_busy(path, record))
@@ -64,6 +67,16 @@ class Lock:
         if self._handle is not None:
             os.close(self._handle)
             self._handle = None
+
+
+def _patient(handle: int, record: dict[str, Any]) -> bool | None:
+    """:func:`_flock`, tried for a while if the owner is dead: a worker it was just starting may not have let go."""
+    until = time.monotonic() + PATIENCE
+    while (owned := _flock(handle)) is False and record and not _may_live(record, trust=False):
+        if time.monotonic() > until:
+            break
+        time.sleep(0.02)
+    return owned
 
 
 def _flock(handle: int) -> bool | None:
