@@ -232,7 +232,7 @@ class Training:
         assert self.stopping.asked is not None
         code, step = Interrupted(self.stopping.asked).code, self.engine.steps_done
         if self._unsaved() and not self.stopping.twice:
-            with handled(self.stopping):
+            with contextlib.suppress(Interrupted), handled(self.stopping):
                 self.save(last=True)
         self._mark("preempted")
         return Preempted(f"stopped at step {step}; {self.saver.way_on(self.stack.registry)}", code)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from vtp_core.nn.precision import full_precision
 from vtp_plugins.clock import Clock
 
 _SMALLEST, _LARGEST = 2**20, 2**24  # elements of a block: 1 MiB is still in cache, 64 MiB fills a GPU
@@ -80,7 +81,7 @@ class _Reduce(torch.autograd.Function):
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, targets: Targets | None, form: str
     ) -> tuple[Tensor, Tensor]:
         ctx.targets, ctx.form = targets, form
-        with torch.autocast(x.device.type, enabled=False):
+        with full_precision(x):
             if form == "log_sum_exp":
                 rows = row_log_sum_exp(x, weight)
             else:
@@ -104,7 +105,7 @@ class _Reduce(torch.autograd.Function):
         grad_bias = None if bias is None else torch.zeros_like(bias)
         targets = ctx.targets
         height = max(len(x), 0 if targets is None else len(targets.x))
-        with torch.autocast(x.device.type, enabled=False):
+        with full_precision(x):
             for columns in blocks(height, len(weight)):
                 part = weight[columns]
                 slope = _scores(x, part, bias)  # (S, k)

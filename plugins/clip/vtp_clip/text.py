@@ -79,7 +79,7 @@ def encode_text(tower: Any, tokens: Tensor) -> Tensor:
     last block asks for the end token's query alone.
     """
     ends = tokens.argmax(1)  # the end token has the largest id, (B,)
-    length = int(ends.max()) + 1
+    length = tokens.shape[1] if tokens.is_meta else int(ends.max()) + 1  # a plan has no values
     x = tower.token_embedding(tokens[:, :length]) + tower.positional_embedding[:length]  # (B, L) -> (B, L, D)
     *blocks, last = tower.transformer.resblocks
     causal = tower.attn_mask[:length, :length]

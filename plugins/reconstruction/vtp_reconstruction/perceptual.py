@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from vtp_core import weights
+from vtp_core.nn.precision import full_precision
 
 
 class Perceptual:
@@ -68,7 +69,7 @@ class Perceptual:
         That is what LPIPS makes of its own input in [-1, 1]; no gradient flows to y.
         """
         self._follow(x)
-        with torch.autocast(x.device.type, enabled=False):
+        with full_precision(x):
             with torch.no_grad():
                 aims = self._features(y)
             levels = zip(self.heads, self._features(x), aims, strict=True)
