@@ -29,7 +29,7 @@ test-slow: $(TOOLS) $(WEIGHTS)
 	$(BIN)/python -m pytest -m slow $(ARGS)
 
 bench: $(INSTALLED) $(WEIGHTS)
-	$(BIN)/python benchmarks/mixes.py $(ARGS)
+	$(BIN)/python -m benchmarks.mixes $(ARGS)
 
 lint: $(TOOLS)
 	$(BIN)/ruff format --check

@@ -1,6 +1,6 @@
 """Objective mixes at an equal budget: AE, CLIP+AE, SSL+AE, CLIP+SSL+AE from one stack (arXiv 2512.13687, 4).
 
-    python benchmarks/mixes.py [--steps 300] [--stack vtp-tiny] [key=value ...]
+    python -m benchmarks.mixes [--steps 300] [--stack vtp-tiny] [key=value ...]
 
 Every mix trains for the same floating-point operations: those that the full mix spends in ``--steps`` steps, as
 ``vtp plan`` counts them. Writes ``mixes.jsonl`` and the table of ``README.md`` beside this file.

@@ -1,4 +1,4 @@
-"""The numbers of a finished demo run, written into the README: ``python benchmarks/numbers.py RUN``.
+"""The numbers of a finished demo run, written into the README: ``python -m benchmarks.demo RUN``.
 
 Beside each stands what the issue that asked for the demo wants (a throwaway prototype reached it), and for
 neighbours the 8x8-pixel baseline, so that nobody is fooled.
@@ -73,7 +73,7 @@ def main() -> None:
     lines.append(
         f"`make demo`: {metrics[-1]['step']} steps, {images:,} images, {seconds / 60:.1f} minutes of training on "
         f"{run.environment()['platform']['cpus']} cores{whole}, seed {run.environment().get('seed')}. "
-        "Every number with its protocol is in the report; the table is written by `benchmarks/numbers.py`."
+        "Every number with its protocol is in the report; the table is written by `benchmarks/demo.py`."
     )
     text = README.read_text(encoding="utf-8")
     before, rest = text.split(START)
