@@ -65,6 +65,11 @@ class Saver:
                 raise
             self.note(f"{fault} (attempt {self._failures} of {FAILURES}; training goes on)")
 
+    def warn(self, parts: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Note a disk that has little room for checkpoints."""
+        if tight := checkpoint.short_of_room(self.directory.checkpoints, parts):
+            self.note(tight)
+
     def way_on(self, registry: Registry, fault: Exception | None = None) -> str:
         """How to continue, as the last line of a message; empty where the fault says it."""
         if isinstance(fault, StorageFault):

@@ -144,8 +144,6 @@ class Training:
     def _train(self) -> None:
         if self.engine.rank == 0:
             self.directory.mark("running", fault=None)
-            if tight := checkpoint.short_of_room(self.directory.checkpoints, self.engine.state()):
-                self.progress.note(tight)
         self.loader = self._loader()
         try:
             # Closed on the way out: workers ignore signals, so nothing else would end them.
@@ -178,6 +176,8 @@ class Training:
             self._step(batch, began)
             self.stopping.check()
             step = self.engine.steps_done
+            if step == self.start + 1:  # now the optimizers have their state
+                self.saver.warn(self.engine.state())
             if step < self.keys.steps:
                 self._measure(step)
                 if step % every == 0:

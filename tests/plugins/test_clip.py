@@ -15,9 +15,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from vtp_clip import Clip
-from vtp_clip.text import Tokens, build_tower, encode_text, tokenizer
 from vtp_core.clock import StepClock
 from vtp_core.nn.chunked import contrastive
+from vtp_core.nn.text import Tokens, build_tower, encode_text, tokenizer
 from vtp_plugins import Outputs, Spec
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "open_clip_losses"

@@ -13,9 +13,9 @@ from torch import Tensor
 from vtp_core import weights
 from vtp_core.clock import StepClock
 from vtp_core.errors import DataFault
+from vtp_core.nn.perceptual import Perceptual
 from vtp_plugins import Outputs, Spec
 from vtp_reconstruction import Reconstruction
-from vtp_reconstruction.perceptual import Perceptual
 
 CLOCK = StepClock()
 MEAN = torch.tensor([0.485, 0.456, 0.406])[:, None, None]

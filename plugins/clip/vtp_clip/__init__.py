@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vtp_clip.text import VOCABULARY, Tokens, build_tower, encode_text
 from vtp_core.data.views import Plain
 from vtp_core.nn.chunked import contrastive, wide
+from vtp_core.nn.text import VOCABULARY, Tokens, build_tower, encode_text
 from vtp_plugins.clock import Clock
 from vtp_plugins.needs import Need, Outputs
 from vtp_plugins.objective import Objective

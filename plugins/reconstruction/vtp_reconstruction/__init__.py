@@ -9,11 +9,11 @@ from torch import Tensor
 
 from vtp_core.data.views import Plain
 from vtp_core.nn.chunked import wide
+from vtp_core.nn.perceptual import Perceptual
 from vtp_plugins.clock import Clock
 from vtp_plugins.needs import Need, Outputs
 from vtp_plugins.objective import Objective
 from vtp_plugins.spec import Spec
-from vtp_reconstruction.perceptual import Perceptual
 
 DEVIATION = (0.229, 0.224, 0.225)  # of ImageNet's channels, which the image modality divides by
 
