@@ -72,7 +72,7 @@ def main() -> None:
     lines.append("")
     lines.append(
         f"`make demo`: {metrics[-1]['step']} steps, {images:,} images, {seconds / 60:.1f} minutes of training on "
-        f"{run.environment()['platform']['cpus']} cores{whole}, seed {run.environment().get('seed')}. "
+        f"{run.environment()['torch']['threads']} of {run.environment()['platform']['cpus']} cores{whole}, seed {run.environment().get('seed')}. "
         "Every number with its protocol is in the report; the table is written by `benchmarks/demo.py`."
     )
     text = README.read_text(encoding="utf-8")
