@@ -70,10 +70,12 @@ def main() -> None:
     whole = f", {spent / 60:.1f} minutes with evaluation and report" if isinstance(spent, float) else ""
     images = metrics[-1]["step"] * run.stack()["data"]["batch_size"]
     lines.append("")
+    machine = run.environment()
+    used = f"{machine['torch']['threads']} of {machine['platform']['cpus']} cores"
     lines.append(
         f"`make demo`: {metrics[-1]['step']} steps, {images:,} images, {seconds / 60:.1f} minutes of training on "
-        f"{run.environment()['torch']['threads']} of {run.environment()['platform']['cpus']} cores{whole}, seed {run.environment().get('seed')}. "
-        "Every number with its protocol is in the report; the table is written by `benchmarks/demo.py`."
+        f"{used}{whole}, seed {machine.get('seed')}. Every number with its protocol is in the report; the table is "
+        "written by `benchmarks/demo.py`."
     )
     text = README.read_text(encoding="utf-8")
     before, rest = text.split(START)
