@@ -95,7 +95,7 @@ def write_table(rows: list[dict[str, Any]]) -> None:
     for row in rows:
         readings = [value(row, probe) for probe in COLUMNS.values()]
         shown = [
-            "-" if r is None else f"{r['value']:.{2 if 'psnr' in r['probe'] else '1%'}}" for r in readings
+            "-" if r is None else f"{r['value']:.{'2f' if 'psnr' in r['probe'] else '1%'}}" for r in readings
         ]
         cells.append([row["mix"], str(row["steps"]), f"{row['seconds']:.0f}", *shown])
     first = rows[0]
