@@ -23,7 +23,7 @@ class Need:
             the places that the mask sampler MASK hides, (M, D), in the order of ``patches[mask]``); of
             the bottleneck: ``latent latent.sample latent.noisy latent.cls latent.quantised latent@MASK
             indices posterior``; of the decoder: ``decoded decoder.hidden:k``; of a generator:
-            ``prediction target hidden:k noised u``.
+            ``prediction variance hidden:k``, and what it was fed: ``clean noise noised u target``.
         source: ``student``, ``ema`` (EMA teacher), ``teacher:<name>`` (frozen model), ``generator``.
         mask: ``any`` takes the masked forward of the view if an active objective masks it; ``None``
             insists on no mask; a name asks for that sampler.

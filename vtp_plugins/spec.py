@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,6 +21,9 @@ class Spec:
         dial: the stack's ``size``; a component may read defaults off it.
         classes: number of labels the dataset knows; 0 without labels.
         generator_width: feature width of the generator; 0 without one.
+        condition: what a generator is conditioned on: ``label``, ``embedding``, or empty for nothing.
+        condition_width: E, width of a conditioning embedding.
+        path: the noise process of the generator, of group ``paths``; None without one.
         teachers: feature width of each frozen teacher, as (name, width) pairs.
     """
 
@@ -33,6 +37,9 @@ class Spec:
     dial: str = "tiny"
     classes: int = 0
     generator_width: int = 0
+    condition: str = ""
+    condition_width: int = 0
+    path: Any = None
     teachers: tuple[tuple[str, int], ...] = ()
 
     @property

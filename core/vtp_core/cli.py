@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import sys
 import traceback
@@ -19,7 +20,7 @@ _LONGEST, _WIDEST = 6, 600  # lines of a message, characters of a line
 app = typer.Typer(
     name="vtp", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
     help="Train, measure and use visual tokenizers made of plugins.",
-    epilog="First run: vtp list; vtp plan vtp-tiny; vtp train vtp-tiny",
+    epilog="First run: vtp list; vtp plan vtp-tiny; vtp train vtp-tiny. --debug adds a fault's traceback.",
 )  # fmt: skip
 data_app = typer.Typer(no_args_is_help=True, help="Prepare data.")
 app.add_typer(data_app, name="data")
@@ -78,6 +79,20 @@ def _stack(source: str, overrides: list[str] | None, plugins: list[Path] | None)
     from vtp_core.stack import load_stack
 
     return load_stack(source, overrides or (), _registry(plugins))
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(importlib.metadata.version("vtp-plugins"))
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None: ...
 
 
 @app.command("list")
@@ -167,11 +182,13 @@ def train(
 @app.command()
 def resume(run: RunPath, plugin: Plugins = None) -> None:
     """Continue a run from its newest valid checkpoint."""
-    from vtp_core.run.directory import check_idle
+    from vtp_core.run.directory import RunDirectory, check_idle
     from vtp_core.stack import load_run_stack
 
     loaded = load_run_stack(run, _registry(plugin))
     check_idle(run)
+    if RunDirectory(run).changed:
+        typer.echo(f"{run / 'stack.yaml'} was changed since the run began; it holds as it is now", err=True)
     from vtp_core.training import Training
 
     _ended(Training(loaded, resume=run))
@@ -191,12 +208,13 @@ def eval_(run: RunPath, overrides: Overrides = None, as_json: AsJson = False, pl
 
     loaded = load_run_stack(run, _registry(plugin), overrides or ())
     from vtp_core.evaluation import as_row, evaluate
+    from vtp_core.run.metrics import encode as encode_row
 
     readings, left_out = evaluate(run, loaded)
     for line in left_out:
         typer.echo(line, err=True)
     if as_json:
-        typer.echo(json.dumps([as_row(r) for r in readings], indent=1))
+        typer.echo("[\n" + ",\n".join(encode_row(as_row(r)) for r in readings) + "\n]")
         return
     for r in readings:
         typer.echo(f"{r.probe:36} {r.split:16} {r.value:10.4f}  n={r.n:<6} {r.protocol}")

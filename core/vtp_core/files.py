@@ -29,8 +29,8 @@ def encode_files(run: Path, files: list[Path], out: Path) -> str:
         DataFault: a file is no picture.
         StorageFault: the output cannot be written.
     """
-    if out.is_dir():
-        raise StorageFault(f"{out} is a folder; -o names the file to write, such as {out / 'z.safetensors'}")
+    if out.exists() and not out.is_file():  # a device must not be replaced by a file
+        raise StorageFault(f"{out} is no plain file; -o names the file to write, such as z.safetensors")
     tokenizer = Tokenizer.from_pretrained(run)
     view = Centre(tokenizer.spec.size)
     parts = []
@@ -41,7 +41,7 @@ def encode_files(run: Path, files: list[Path], out: Path) -> str:
             parts.append(tokenizer.encode(images).float().cpu())
     z = torch.cat(parts).contiguous()
     _folder(out.parent)
-    replace(out, save({"latents": z}, metadata={"files": "\n".join(file.name for file in files)}))
+    replace(out.resolve(), save({"latents": z}, metadata={"files": "\n".join(file.name for file in files)}))
     return f"{out}: latents {tuple(z.shape)}"
 
 
@@ -92,4 +92,6 @@ def _latents(file: Path, tokenizer: Tokenizer, run: Path) -> Tensor:
     if z is None or z.ndim != 4 or z.shape[1] != channels or not z.is_floating_point() or not z.numel():
         found = "no tensor 'latents'" if z is None else f"'latents' {tuple(z.shape)} {z.dtype}"
         raise DataFault(f"{file} holds {found}; (B, {channels}, h, w) of floats is wanted for {run}")
+    if not z.isfinite().all():
+        raise DataFault(f"{file} holds latents that are not finite")
     return z.float()

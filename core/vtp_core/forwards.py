@@ -192,12 +192,12 @@ class Forwards:
         rows = self._rows(node)
         x = self.model.standardise(_grid(self._read(node, "latent")[:rows], self.signals.grid(node.view)))
         clock = self._clock(f"generator/{node.draw}", node, self.signals.crops(node.view))
-        fed, u, known = x, None, {"target": x}
+        fed, u, known = x, None, {"target": x, "clean": x}
         if path is not None:
             u = path.draw("u", rows, clock).to(x.dtype)
             noise = clock.normal("noise", *x.shape).to(x.dtype)
             fed = path.mix(x, noise, u)
-            known = {"u": u, "noised": fed, "target": path.target(x, noise, u)}
+            known |= {"u": u, "noise": noise, "noised": fed, "target": path.target(x, noise, u)}
         asked = frozenset(self.plan.demands[node].rows) - frozenset(known)
         if asked:
             with _mode(generator, node):

@@ -25,7 +25,7 @@ from vtp_plugins.needs import Need
 ENCODED = frozenset({"cls", "patches", "hidden"})
 LATENT = frozenset({"latent", "indices", "posterior"})
 DECODED = frozenset({"decoded", "decoder.hidden"})
-GENERATED = frozenset({"prediction", "target", "noised", "u", "hidden"})
+GENERATED = frozenset({"prediction", "variance", "target", "clean", "noise", "noised", "u", "hidden"})
 
 
 def family(output: str) -> str:

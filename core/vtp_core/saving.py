@@ -45,7 +45,7 @@ class Saver:
         found = checkpoint.latest(folder)
         if found is not None:
             self.saved = checkpoint.step_of(found)
-        elif any(folder.glob("step-*")):
+        elif self.directory.finished or any(folder.glob("step-*")):
             run = shlex.quote(str(self.directory.path))
             raise DataFault(f"{run} has no valid checkpoint left; begin anew: vtp train {run} run.dir=NEW")
         return found
@@ -75,13 +75,12 @@ class Saver:
         if isinstance(fault, StorageFault):
             return ""
         run = str(self.directory.path)
-        if isinstance(fault, NonFinite):
-            again = f"vtp train {shlex.quote(run)} run.dir=NEW KEY=VALUE"
-            return f"a resumed run would repeat it; begin anew: {again}"
         owners = sorted({entry.distribution for entry in registry.entries()})
         named = [owner.removesuffix(_FILE) for owner in owners if owner.endswith(_FILE)]
         files = [word for path in named for word in ("--plugin", path)]
         resume = shlex.join(["vtp", "resume", run, *files])
+        if isinstance(fault, NonFinite):
+            return f"as it is, a resumed run would repeat it; change {run}/stack.yaml before: {resume}"
         if self.saved is None:
             return f"no checkpoint was written yet; begin it again with: {resume}"
         return f"step {self.saved} is saved; continue with: {resume}"

@@ -81,7 +81,7 @@ class Training:
             raise
         self.stopping = Stopping()
         self.measuring = Measuring(self.engine, self.probes, self.make_dataset, self.readings, self.stopping)
-        self.whole = True  # no step is half done, so that what is in memory may be saved
+        self.inside = 0  # the step in progress; between steps 0, and what is in memory may be saved
         self.report: Path | None = None
 
     def _open(self, resume: Path | None) -> RunDirectory:
@@ -189,10 +189,10 @@ class Training:
     def _step(self, batch: Batch, began: float) -> None:
         """One step and its row; what comes between them must not be saved."""
         fetched = time.perf_counter()
-        self.whole = False
+        self.inside = self.engine.steps_done + 1
         row = self.engine.step(self._inputs(batch))
         self._log(row, began, fetched)
-        self.whole = True
+        self.inside = 0
 
     def _note_bad(self, loader: Loader) -> None:
         """Say what was skipped, and keep the list."""
@@ -228,7 +228,7 @@ class Training:
     # ---- how a run ends before its time
 
     def _stopped(self) -> Preempted:
-        """A signal came: save what is whole, unless a second one asked for haste."""
+        """A signal came: save what may be saved, unless a second one asked for haste."""
         assert self.stopping.asked is not None
         code, step = Interrupted(self.stopping.asked).code, self.engine.steps_done
         if self._unsaved() and not self.stopping.twice:
@@ -241,7 +241,7 @@ class Training:
         """The fault that an exception is, with how to go on; None for one of ours."""
         engine = self.engine
         parts = parts_of(self.model, self.probes, self.hooks, self.dataset)
-        fault = translated(error, parts, 0 if self.whole else engine.steps_done + 1)
+        fault = translated(error, parts, self.inside)
         if self._unsaved() and not isinstance(fault, StorageFault):
             with contextlib.suppress(StorageFault):
                 self.save(last=True)
@@ -255,7 +255,7 @@ class Training:
 
     def _unsaved(self) -> bool:
         """Whether what is in memory is worth a checkpoint and fit for one."""
-        return self.whole and self.engine.steps_done not in (0, self.saver.saved)
+        return not self.inside and self.engine.steps_done not in (0, self.saver.saved)
 
     def _mark(self, status: str, **more: Any) -> None:
         """Record how the run stands, as far as the disk lets us."""

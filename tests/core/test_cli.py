@@ -6,17 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from small import write_stack
-
-from vtp_core.cli import main
-
-
-def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
-    """Exit code, output and errors of one command."""
-    with pytest.raises(SystemExit) as ended:
-        main(list(arguments))
-    shown = capsys.readouterr()
-    return int(ended.value.code or 0), shown.out, shown.err
+from small import run, write_stack
 
 
 @pytest.mark.parametrize(

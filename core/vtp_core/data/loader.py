@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections import Counter
 from collections.abc import Generator, Iterator, Mapping
@@ -83,11 +84,12 @@ class Loader:
     def __iter__(self) -> Generator[Batch, None, None]:
         steps = itertools.count(self.start) if self.stop is None else range(self.start, self.stop)
         made = self._in_workers(steps) if self.workers else (self.steps[step] for step in steps)
-        for batch in made:
-            self._account(batch)
-            yield batch
+        with contextlib.closing(made):  # or a fault below would leave the workers to the end of the process
+            for batch in made:
+                self._account(batch)
+                yield batch
 
-    def _in_workers(self, steps: Any) -> Iterator[Batch]:
+    def _in_workers(self, steps: Any) -> Generator[Batch, None, None]:
         self.steps.warm(self.start)
         loader = DataLoader(
             self.steps,
@@ -115,7 +117,8 @@ class Loader:
                 raise
             raise DataFault(
                 f"data: a worker died before step {step + 1}: {cause(made, error)}\n"
-                f"fewer data.workers than {self.workers} need less memory, data.workers=0 reads without them"
+                f"fewer data.workers than {self.workers} need less memory, 0 reads without them; a run's "
+                "stack.yaml may be edited before it is resumed"
             ) from error
 
     def _account(self, batch: Batch) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from vtp_core.data.tar import fields_of, read_index
+from vtp_core.run.files import replace
 from vtp_plugins.errors import DataFault
 
 NAME = "manifest.json"
@@ -88,9 +89,7 @@ def write_manifest(path: str | os.PathLike[str]) -> Path:
     if (folder / "classes.txt").is_file():
         table["names"] = {"label": (folder / "classes.txt").read_text(encoding="utf-8").splitlines()}
     target = folder / NAME
-    temporary = folder / f".{NAME}.{os.getpid()}"
-    temporary.write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
-    temporary.replace(target)
+    replace(target, (json.dumps(table, indent=1) + "\n").encode())
     return target
 
 

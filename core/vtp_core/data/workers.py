@@ -28,6 +28,7 @@ def end(made: Iterator[Any]) -> None:
             worker.kill()
 
     impatient = threading.Timer(PATIENCE, kill)
+    impatient.daemon = True
     impatient.start()
     getattr(made, "_shutdown_workers", lambda: None)()
     impatient.cancel()

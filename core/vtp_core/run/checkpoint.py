@@ -171,7 +171,7 @@ def cut(folder: Path, step: int) -> list[str]:
 def short_of_room(folder: Path, parts: Mapping[str, Mapping[str, Tensor]]) -> str | None:
     """A warning if the disk has room for fewer than three checkpoints of this size."""
     need = sum(tensor.numel() * tensor.element_size() for part in parts.values() for tensor in part.values())
-    free = shutil.disk_usage(folder).free
+    free = shutil.disk_usage(folder if folder.exists() else folder.parent).free
     if free >= 3 * need:
         return None
     return f"{folder} has {free / 2**20:,.0f} MiB free; a checkpoint takes about {need / 2**20:,.0f} MiB"

@@ -122,6 +122,11 @@ class RunDirectory:
         """Whether the run came to its end."""
         return self.record().get("status") == "finished"
 
+    @property
+    def changed(self) -> bool:
+        """Whether ``stack.yaml`` is not the one that the run began with."""
+        return _digest(self.stack()) != self.record().get("stack")
+
     def record(self) -> dict[str, Any]:
         """``run.json``: name, stack hash, start, status and whatever :meth:`mark` added."""
         return self._json("run.json")

@@ -11,7 +11,7 @@ from vtp_core import weights
 from vtp_core.probes import LeftOut, up_to
 from vtp_fidelity.extractor import features
 from vtp_fidelity.frechet import frechet_distance
-from vtp_fidelity.lite0 import Lite0, load
+from vtp_core.nn.lite0 import Lite0, load
 from vtp_plugins import Reading, Spec
 
 if TYPE_CHECKING:

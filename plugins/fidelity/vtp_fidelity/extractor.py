@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vtp_core import weights
-from vtp_fidelity.lite0 import Lite0, load
+from vtp_core.nn.lite0 import Lite0, load
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
