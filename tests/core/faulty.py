@@ -102,7 +102,7 @@ class Probe:
 
 
 class Data:
-    """Pictures of one colour; from the 9th sample read on, a worker hangs or dies, or every process fails."""
+    """Pictures of one colour; from the 20th sample read on, a worker hangs or dies, or every process fails."""
 
     fields = frozenset({"image", "name"})
     provides: frozenset[str] = frozenset()
@@ -118,9 +118,9 @@ class Data:
     def __getitem__(self, index: int) -> dict[str, Any]:
         self.reads += 1
         worker = torch.utils.data.get_worker_info() is not None
-        if worker and self.reads > 8 and self.way == "die":
+        if worker and self.reads > 20 and self.way == "die":
             os.kill(os.getpid(), signal.SIGKILL)
-        if worker and self.reads > 8 and self.way == "hang":
+        if worker and self.reads > 20 and self.way == "hang":
             time.sleep(1000)
         if self.way == "fail":
             raise KeyError("index")
