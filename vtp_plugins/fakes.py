@@ -113,6 +113,9 @@ RAW: dict[str, Callable[[int, Spec], Any]] = {
 }
 """Raw values by field; a field that is not here is a signal of the modality."""
 
+FED = frozenset({"clean", "noise", "noised", "target", "u"})
+"""What a generator is fed, or aims at; no gradient is asked of it."""
+
 
 class Noted(dict[str, Any]):
     """Values that remember which of them were read."""
@@ -251,7 +254,9 @@ class FakeBatch:
             value = torch.randn(
                 crops, self.rows, *self._shape(need, base), generator=stream(*key), dtype=torch.float64
             )
-            learns = need.source in {"student", "generator"} and base not in {"target", "noised", "u"}
+            if base == "u":
+                value = torch.special.ndtr(value)  # levels lie in [0, 1]
+            learns = need.source in {"student", "generator"} and base not in FED
             self.leaves[key] = value.to(self.dtype).requires_grad_(learns)
         return self.leaves[key]
 
@@ -265,10 +270,8 @@ class FakeBatch:
             "cls": (width,),
             "latent.cls": (spec.channels,),
             "decoded": (spec.signal_channels, *(g * p for g, p in zip(grid, spec.patch, strict=True))),
-            "prediction": (spec.channels, *grid),
-            "target": (spec.channels, *grid),
-            "noised": (spec.channels, *grid),
             "u": (),
+            **dict.fromkeys(("prediction", "variance", *FED - {"u"}), (spec.channels, *grid)),
         }
         latent = base.startswith(("latent", "posterior"))
         return shapes.get(base, (math.prod(grid), spec.channels if latent else width))

@@ -42,12 +42,17 @@ class Dataset(Protocol):
 
     A sample is a dict of raw fields: ``image`` (uint8 (3, H, W)), ``text`` (str), ``label`` (int), ...
     A field that a sample lacks is None. Reading a broken sample raises ``ValueError`` or ``OSError``.
+
+    A dataset whose samples differ between epochs, though no view makes them so, also has
+    ``draw(index, key)``: the sample as one epoch sees it, a pure function of both. ``key`` stands for seed, epoch
+    and sample; ``dataset[index]`` stays the sample without any draw. ``prepared`` names raw fields that are
+    views of one crop already, since something provided was made of them; they are handed on as (1, ...).
     """
 
     fields: frozenset[str]
     """Raw fields that samples have."""
     provides: frozenset[str]
-    """Outputs supplied ready-made (``latent``): then no encoder runs for them."""
+    """Fields that are outputs ready-made: ``latent`` (C, *grid), ``teacher:NAME/OUTPUT``; no module runs for them."""
     splits: tuple[str, ...]
     """Names of the splits; the first is trained on."""
     names: Mapping[str, Sequence[str]]

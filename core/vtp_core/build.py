@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -31,6 +31,7 @@ class Blueprint:
     decoder: Component | None
     generator: Component | None
     path: Component | None
+    sampler: Component | None
     teachers: dict[str, Component]
     modules: dict[str, Component]
     objectives: dict[str, Component]
@@ -46,8 +47,10 @@ class Model:
         shared: the stack's ``modules`` by name.
         settings: the engine's keys of each objective.
         frozen: names of modules that don't train.
+        sampler: built, or None.
         statistics: ``mean`` and ``std`` (C,) that generators see latents through; empty when unknown.
         condition: raw field that conditions the generator, or None.
+        embed: texts to embeddings (n, E), for a generator that is conditioned on texts.
     """
 
     stack: Stack
@@ -58,6 +61,7 @@ class Model:
     decoder: nn.Module | None
     generator: nn.Module | None = None
     path: Any = None
+    sampler: Any = None
     teachers: dict[str, nn.Module] = field(default_factory=dict)
     shared: dict[str, nn.Module] = field(default_factory=dict)
     objectives: dict[str, Objective] = field(default_factory=dict)
@@ -67,6 +71,7 @@ class Model:
     statistics: dict[str, Tensor] = field(default_factory=dict)
     condition: str | None = None
     drop_condition: float = 0.0
+    embed: Callable[[Sequence[str]], Tensor] | None = None
 
     def tokenizer_modules(self) -> dict[str, nn.Module]:
         """Encoder, bottleneck and decoder, those that exist."""
@@ -85,9 +90,19 @@ class Model:
         """Raw latents (B, C, *grid) as generators see them."""
         if not self.statistics:
             return z
-        shape = (1, -1, *([1] * (z.ndim - 2)))
-        mean, std = (self.statistics[key].to(z).view(shape) for key in ("mean", "std"))
+        mean, std = self._moments(z)
         return (z - mean) / std
+
+    def restore(self, z: Tensor) -> Tensor:
+        """The inverse of :meth:`standardise`."""
+        if not self.statistics:
+            return z
+        mean, std = self._moments(z)
+        return z * std + mean
+
+    def _moments(self, z: Tensor) -> list[Tensor]:
+        shape = (1, -1, *([1] * (z.ndim - 2)))
+        return [self.statistics[key].to(z).view(shape) for key in ("mean", "std")]
 
 
 def blueprint(stack: Stack) -> Blueprint:
@@ -101,24 +116,28 @@ def blueprint(stack: Stack) -> Blueprint:
     shared = frozenset(stack.section("modules"))
 
     def one(
-        kind: str, key: str, node: Mapping[str, Any] | None, taken: frozenset[str] | tuple[str, ...] = ()
-    ) -> Any:
+        kind: str, key: str, node: Mapping[str, Any] | None, taken: frozenset[str] = frozenset(),
+        size: str = dial,
+    ) -> Any:  # fmt: skip
         if node is None:
             return None
-        return resolve(registry, kind, key, node, dial, shared, frozenset(taken) | {"optim", "frozen"})
+        return resolve(registry, kind, key, node, size, shared, taken | {"optim", "frozen"})
 
     def several(kind: str, section: str, taken: frozenset[str] = frozenset()) -> dict[str, Component]:
         return {n: one(kind, f"{section}.{n}", node, taken) for n, node in stack.section(section).items()}
 
-    generator = config.get("generator")
+    generator, own = config.get("generator"), stack.tokenizer.size or dial
     return Blueprint(
         stack=stack,
         modality=one("modalities", "modality", {"use": config.get("modality", "image")}),
-        encoder=one("encoders", "encoder", config.get("encoder")),
-        links=[one("bottlenecks", f"bottleneck[{i}]", link) for i, link in enumerate(links_of(config))],
-        decoder=one("decoders", "decoder", config.get("decoder")),
+        encoder=one("encoders", "encoder", config.get("encoder"), size=own),
+        links=[
+            one("bottlenecks", f"bottleneck[{i}]", link, size=own) for i, link in enumerate(links_of(config))
+        ],
+        decoder=one("decoders", "decoder", config.get("decoder"), size=own),
         generator=one("generators", "generator", generator, options.GENERATOR_KEYS),
         path=one("paths", "generator.path", (generator or {}).get("path")),
+        sampler=one("samplers", "sampler", config.get("sampler"), options.SAMPLER_KEYS),
         teachers=several("teachers", "teachers"),
         modules=several("modules", "modules"),
         objectives=several("objectives", "objectives", options.OBJECTIVE_KEYS),
@@ -126,15 +145,21 @@ def blueprint(stack: Stack) -> Blueprint:
     )
 
 
-def build(plans: Blueprint, classes: int = 0) -> Model:
-    """Build every module of a blueprint; each draws its weights from a stream of its own."""
+def build(plans: Blueprint, classes: int = 0, condition_width: int = 0) -> Model:
+    """Build every module of a blueprint; each draws its weights from a stream of its own.
+
+    Args:
+        plans: every component, checked.
+        classes: labels that the dataset knows.
+        condition_width: E of the embeddings that condition a generator; 0 where labels do.
+    """
     stack = plans.stack
     seed = stack.train.seed
     with _seeded(seed, "modality"):
         modality = plans.modality.build(Spec())
     spec = Spec(
         modality=plans.modality.name, signal_channels=modality.channels, dial=stack.dial, classes=classes,
-        size=(0,) * modality.axes, patch=(1,) * modality.axes,
+        size=(0,) * modality.axes, patch=(1,) * modality.axes, condition_width=condition_width,
     )  # fmt: skip
     spec, encoder = _encoder(plans, spec, seed)
     spec, bottleneck = _bottleneck(plans, spec, seed)
@@ -160,8 +185,12 @@ def spec_of(plans: Blueprint) -> Spec:
 
 def tokenizer_only(plans: Blueprint) -> Model:
     """The tokenizer without objectives, teachers and generator."""
-    bare = replace(plans, generator=None, path=None, teachers={}, modules={}, objectives={}, views={})
-    return build(bare)
+    return build(replace(without_training(plans), generator=None, path=None, sampler=None))
+
+
+def without_training(plans: Blueprint) -> Blueprint:
+    """Tokenizer and generator without what only training needs."""
+    return replace(plans, teachers={}, modules={}, objectives={}, views={})
 
 
 @contextlib.contextmanager
@@ -234,12 +263,16 @@ def _add_generator(model: Model, plans: Blueprint, seed: int) -> None:
                 f"generator.share: no {node['share']!r}{suggestion(node['share'], model.tokenizer_modules())}"
             )
         given["network"] = shared
-    with _seeded(seed, "generator"):
-        model.generator = plans.generator.build(model.spec, **given)
     if plans.path is not None:
         model.path = plans.path.build(model.spec)
-    model.condition = node.get("condition")
-    model.drop_condition = float(node.get("drop_condition", 0.0))
+    keys = plans.stack.generator
+    model.condition, model.drop_condition = keys.condition, keys.drop_condition
+    kind = "" if keys.condition is None else "label" if not model.spec.condition_width else "embedding"
+    model.spec = replace(model.spec, path=model.path, condition=kind)
+    with _seeded(seed, "generator"):
+        model.generator = plans.generator.build(model.spec, **given)
+    if plans.sampler is not None:
+        model.sampler = plans.sampler.build(model.spec)
     model.spec = replace(model.spec, generator_width=int(getattr(model.generator, "width", 0)))
 
 

@@ -241,6 +241,26 @@ def report(run: RunPath) -> None:
 
 
 @app.command()
+def generate(
+    run: RunPath,
+    overrides: Overrides = None,
+    label: Annotated[
+        list[str] | None, typer.Option("--label", help="A label's name or number; may be repeated.")
+    ] = None,
+    text: Annotated[list[str] | None, typer.Option("--text", help="A caption; may be repeated.")] = None,
+    n: Annotated[int, typer.Option("--n", min=1, help="How many samples.")] = 16,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Of noise and drawn labels.")] = 0,
+    weights: Annotated[str | None, typer.Option("--weights", help="ema or student.")] = None,
+    out: Annotated[Path, typer.Option("-o", "--out", help="PNG file to write.")] = Path("grid.png"),
+) -> None:  # fmt: skip
+    """Sample pictures from a run's generator into one grid, with overrides such as sampler.steps=20."""
+    from vtp_core.grids import generate_grid
+
+    asked = {"n": n, "labels": label or (), "texts": text or (), "seed": seed, "weights": weights}
+    typer.echo(generate_grid(run, out, **asked, overrides=overrides or ()))  # type: ignore[arg-type]
+
+
+@app.command()
 def encode(
     run: RunPath,
     files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="Pictures.")],

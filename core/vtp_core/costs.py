@@ -13,13 +13,17 @@ from torch.fx.experimental import _config as meta
 from torch.utils.flop_counter import FlopCounterMode
 
 from vtp_core import schedule, state
-from vtp_core.build import Model, blueprint, build
+from vtp_core.adopting import conditioning
+from vtp_core.build import Model, blueprint, build, spec_of
 from vtp_core.clock import StepClock
+from vtp_core.evaluation import dataset_factory
 from vtp_core.forwards import Forwards, Inputs
 from vtp_core.layout import Layout
 from vtp_core.planner import Node, Plan, Reader, plan
 from vtp_core.stack import Stack
 from vtp_core.teacher import EMATeacher
+from vtp_core.tokenizer import exporters_of
+from vtp_plugins.protocols import Dataset
 
 META = torch.device("meta")
 
@@ -90,19 +94,25 @@ class Costs:
         return (4 * sum(self.parameters.values()) + self.ema) * self.element
 
 
-def cost(stack: Stack, world: int = 1) -> tuple[Costs, Layout]:
+def cost(stack: Stack, world: int = 1, dataset: Dataset | None = None) -> tuple[Costs, Layout]:
     """Count a stack's first full step on the meta device.
 
     Args:
         stack: loaded.
         world: processes that share the batch.
+        dataset: of the stack, if it is there already; a generator's condition and latents are asked of it.
     """
+    plans, given = blueprint(stack), (0, 0)
+    if plans.generator is not None:
+        dataset = dataset or dataset_factory(stack, spec_of(plans))(None)
+        given = conditioning(stack, dataset, exporters_of(stack, None, "cpu"))
     with META:
-        model = build(blueprint(stack))
-        ema = EMATeacher(state.shadowed(model))
+        model = build(plans, *given)
+        ema, average = EMATeacher(state.shadowed(model)), EMATeacher(state.averaged(model))
     state.bind_shadows(model, ema)
     train = stack.train
-    layout = Layout(model, stack.data.batch_size, world, train.accumulate)
+    provided = frozenset() if dataset is None else dataset.provides
+    layout = Layout(model, stack.data.batch_size, world, train.accumulate, provided)
     names = tuple(
         n
         for n, keys in model.settings.items()
@@ -110,13 +120,13 @@ def cost(stack: Stack, world: int = 1) -> tuple[Costs, Layout]:
     )
     readers = layout.readers(names)
     counted = Costs(_plan(readers, model, layout), element=8 if train.precision == "float64" else 4)
-    inputs = _inputs(model, layout)
+    inputs = _inputs(model, layout, dataset)
     counting = _Counting(model, ema, layout, inputs)
     counting.nodes(counted)
     counting.objectives(counted, names)
     counting.unshared(counted, readers)
     counted.parameters = {o: sum(p.numel() for p in ps.values()) for o, ps in layout.owners().items() if ps}
-    counted.ema = sum(t.numel() for t in ema.state().values())
+    counted.ema = sum(t.numel() for copies in (ema, average) for t in copies.state().values())
     return counted, layout
 
 
@@ -135,8 +145,8 @@ def _plan(readers: list[Reader], model: Model, layout: Layout) -> Plan:
     return plan(readers, trains, layout.fields, layout.provided)
 
 
-def _inputs(model: Model, layout: Layout) -> Inputs:
-    """Shapes of a micro-batch; views tell theirs on an empty sample."""
+def _inputs(model: Model, layout: Layout, dataset: Dataset | None) -> Inputs:
+    """Shapes of a micro-batch; views tell theirs on an empty sample, what a dataset provides on its first."""
     rows = {name: count // layout.accumulate for name, count in layout.rows_by_view().items()}
     views = {}
     for name, view in model.views.items():
@@ -150,9 +160,14 @@ def _inputs(model: Model, layout: Layout) -> Inputs:
             )
             made = view(blank)
             views[name] = torch.empty(rows[name], *made.shape, dtype=made.dtype, device=META)
-    fields: dict[str, Any] = {
-        name: torch.zeros(rows[name], dtype=torch.long, device=META) for name in layout.fields
-    }
+    sample = dataset[0] if dataset is not None and layout.provided else {}
+    fields: dict[str, Any] = {}
+    for name in layout.fields:
+        value = sample.get(name)
+        if name == model.condition and model.spec.condition == "embedding":
+            value = torch.empty(model.spec.condition_width)
+        whole = value if isinstance(value, Tensor) else torch.zeros((), dtype=torch.long)
+        fields[name] = torch.empty(rows.get(name, 0), *whole.shape, dtype=whole.dtype, device=META)
     return Inputs(views, fields)
 
 

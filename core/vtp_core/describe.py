@@ -13,6 +13,7 @@ from rich.table import Table
 from vtp_core.components import dial_options, schema_of
 from vtp_core.costs import Costs, as_json, cost
 from vtp_core.stack import Stack
+from vtp_plugins.protocols import Dataset
 from vtp_plugins.registry import Entry
 
 
@@ -30,9 +31,12 @@ class PlanPage:
         return _text(_forwards(self.costs), _stages(self.costs), _sums(self.costs, self.stack))
 
 
-def plan(stack: Stack, world: int = 1) -> PlanPage:
-    """Plan a stack's step for ``world`` processes; builds on the meta device and reads no data."""
-    return PlanPage(stack, cost(stack, world)[0])
+def plan(stack: Stack, world: int = 1, dataset: Dataset | None = None) -> PlanPage:
+    """Plan a stack's step for ``world`` processes; builds on the meta device and reads no data.
+
+    Of a generator's data the names of its labels are read, and the shape of the first latent.
+    """
+    return PlanPage(stack, cost(stack, world, dataset)[0])
 
 
 def _forwards(costs: Costs) -> Table:

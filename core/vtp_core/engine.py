@@ -79,6 +79,7 @@ class Engine:
             module.to(self.device, self.dtype)
         self.ema = EMATeacher(state.shadowed(self.model))
         state.bind_shadows(self.model, self.ema)
+        self.average = EMATeacher(state.averaged(self.model))
 
     # ---- planning
 
@@ -136,10 +137,16 @@ class Engine:
         with self.autocast():
             row |= self.critics.fresh(lambda *wanted: self._again(inputs, *wanted), micros)
         self.ema.update(momentum_at(clock.share, self.train_keys.teacher.momentum))
+        self.average.update(self._decay(), buffers=True)
         row |= {f"lr/{owner}": rate for owner, rate in self.optimizers.rates(self.steps_done).items()}
         self.steps_done += 1
         self.plugins.hook.vtp_step_end(engine=self, clock=clock, metrics=row)
         return row
+
+    def _decay(self) -> float:
+        """Decay of the generator's average; every step counts from the generator's first."""
+        keys = self.model.stack.generator.ema
+        return 0.0 if keys is None else keys.at(self.steps_done)
 
     def _clock(self, micro: int) -> StepClock:
         return StepClock(
@@ -249,6 +256,8 @@ class Engine:
         """Tensors by part, not copied; with ``steps_done`` they are everything that a resumed run needs."""
         parts = state.module_state(self.model)
         parts["teacher"] = self.ema.state()
+        if self.average.modules:
+            parts["generator.ema"] = self.average.state()
         parts["optimizer"] = self.optimizers.state()
         return parts | self.critics.state()
 
@@ -256,6 +265,7 @@ class Engine:
         """The inverse of :meth:`state`."""
         state.load_modules(self.model, parts)
         self.ema.load(parts.get("teacher", {}))
+        self.average.load(parts.get("generator.ema", {}))
         self.optimizers.load(parts.get("optimizer", {}))
         self.critics.load(parts)
         self.steps_done = step

@@ -87,10 +87,17 @@ def evaluate(run: Path, stack: Stack, limit: int | None = None) -> tuple[list[Re
 
 
 def measured(
-    tokenizer: Tokenizer, probes: Mapping[str, Probe], bench: Bench
+    tokenizer: Tokenizer, probes: Mapping[str, Probe], bench: Bench, generator: Any = None
 ) -> tuple[list[Reading], list[str]]:
-    """Readings of all probes, and a line for each that was left out and each split with broken samples."""
-    readings, left_out = run_probes(tokenizer, probes, bench)
+    """Readings of all probes, and a line for each that was left out and each split with broken samples.
+
+    Args:
+        tokenizer: in eval mode.
+        probes: by instance name.
+        bench: of that tokenizer.
+        generator: a ``vtp_core.generation.Generator`` over that tokenizer, where the stack has one.
+    """
+    readings, left_out = run_probes(tokenizer, probes, bench, generator)
     skipped = {split: count for split, count in bench.skipped.items() if count}
     return readings, left_out + [f"split {s}: {n} samples could not be read" for s, n in skipped.items()]
 

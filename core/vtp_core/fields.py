@@ -6,6 +6,8 @@ from collections.abc import Iterator
 
 from vtp_core.build import Model
 from vtp_core.errors import DataFault
+from vtp_core.planner import DECODED, LATENT, family
+from vtp_plugins.needs import Need
 from vtp_plugins.protocols import Dataset
 
 
@@ -15,7 +17,7 @@ def check_fields(model: Model, dataset: Dataset) -> None:
     Raises:
         DataFault: it lacks one; the message says what does without it.
     """
-    for name, field, _ in _reads(model):
+    for name, field, _ in _reads(model, dataset.provides):
         if field not in dataset.fields | dataset.provides:
             raise DataFault(
                 f"the dataset has no {field!r}, which objectives.{name} reads; "
@@ -28,9 +30,19 @@ def hints(model: Model) -> dict[str, str]:
     return {field: f"objectives.{name}=null" for name, field, raw in _reads(model) if raw}
 
 
-def _reads(model: Model) -> Iterator[tuple[str, str, bool]]:
-    """(objective, field, whether the field is no signal that everybody needs)."""
+def _reads(model: Model, provided: frozenset[str] = frozenset()) -> Iterator[tuple[str, str, bool]]:
+    """(objective, field, whether the field is no signal that everybody needs), without what is provided."""
     for name, objective in model.objectives.items():
         for need in objective.needs.values():
+            if all(_supplied(need, output, provided) for output in need.want):
+                continue
             view = model.views.get(need.view)
             yield name, need.view if view is None else view.field, view is None or view.crops is None
+
+
+def _supplied(need: Need, output: str, provided: frozenset[str]) -> bool:
+    """Whether an output follows from what the dataset provides, without its view."""
+    if need.source.startswith("teacher:"):
+        return f"{need.source}/{output}" in provided
+    behind = need.source == "generator" or family(output) in LATENT | DECODED
+    return behind and output != "input" and "latent" in provided

@@ -62,6 +62,23 @@ def _folder(path: Path) -> None:
         raise StorageFault(f"{path} cannot be made: {reason(error)}; -o names another place") from error
 
 
+def write_picture(path: Path, image: Tensor) -> None:
+    """Write a picture (3, H, W) uint8 as PNG.
+
+    Raises:
+        StorageFault: it cannot be written.
+    """
+    if path.exists() and not path.is_file():
+        raise StorageFault(f"{path} is no plain file; -o names the file to write, such as grid.png")
+    if path.suffix.lower() not in {".png", ".jpg", ".jpeg", ".webp"}:
+        raise StorageFault(f"{path}: -o names a picture, such as grid.png")
+    _folder(path.parent)
+    try:
+        to_pil_image(image.cpu()).save(path)
+    except OSError as error:
+        raise StorageFault(f"{path} cannot be written: {reason(error)}") from error
+
+
 def decode_file(run: Path, latents: Path, out: Path) -> list[Path]:
     """Decode raw latents to PNG files, rounded to uint8.
 

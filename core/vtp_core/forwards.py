@@ -110,8 +110,9 @@ class Forwards:
         if node.view in self.signals.inputs.views:
             return {"input": self.signals.signal(node.view)}
         raw = self.signals.field(node.view)
-        latents = [output for output in self.plan.demands[node].rows if output != "input"]
-        return {"input": raw, **dict.fromkeys(latents, _tokens(raw) if latents else None)}
+        supplied = [output for output in self.plan.demands[node].rows if output != "input"]
+        made = _tokens(raw) if supplied and node.view == "latent" else raw
+        return {"input": raw, **dict.fromkeys(supplied, made)}
 
     def _encode(self, node: Node) -> dict[str, Any]:
         module = _present(self.ema.get("encoder") if node.source == "ema" else self.model.encoder, node)
@@ -205,20 +206,23 @@ class Forwards:
         return known
 
     def _condition(self, node: Node, rows: int, clock: StepClock) -> Any:
-        """The conditioning field; in training a share of rows sees the null class (index ``classes``)."""
+        """Labels or embeddings; in training a share of rows sees the null class ``classes``, or zeros."""
         name, rate = self.model.condition, self.model.drop_condition
         if name is None:
             return None
         crops = self.signals.crops(node.view)
         given = self.signals.field(name) if name in self.signals.inputs.fields else self.signals.signal(name)
+        given = given[: rows // crops]
         if not isinstance(given, Tensor):
-            return [value for value in given[: rows // crops] for _ in range(crops)]
-        given = given[: rows // crops].repeat_interleave(crops, 0)  # (R, ...) -> (R*K, ...)
+            if self.model.embed is None:
+                raise StackFault(f"generator.condition: nothing embeds {name!r}; its tokenizer exports no embed_text")
+            given = self.model.embed(given).to(self.signals.device)  # R texts -> (R, E)
+        given = given.repeat_interleave(crops, 0)  # (R, ...) -> (R*K, ...)
         if rate == 0 or node.mode == "eval":
             return given
-        if given.is_floating_point() or given.ndim > 1:
-            raise StackFault(f"generator.drop_condition: {name!r} is no label; only labels have a null class")
         dropped = clock.uniform("drop_condition", rows) < rate
+        if given.is_floating_point():
+            return torch.where(dropped[:, None], 0.0, given)  # the null of an embedding
         return torch.where(dropped, self.model.spec.classes, given)
 
     def _teach(self, node: Node) -> dict[str, Any]:

@@ -70,10 +70,11 @@ class Signals:
         return 1 if self.bare(name) else self.view(name).shape[1]
 
     def grid(self, name: str) -> tuple[int, ...]:
-        """Tokens along each axis of a view, or of a supplied latent; empty for anything else."""
+        """Tokens along each axis of a view, or of what is supplied in its place; empty for anything else."""
         if not self.bare(name):
             return tuple(s // p for s, p in zip(self.view(name).shape[3:], self.patch, strict=True))
-        return tuple(self.field("latent").shape[2:]) if name == "latent" else ()
+        supplied = name == "latent" or name.startswith("teacher:")
+        return tuple(self.field("latent").shape[2:]) if supplied and "latent" in self.inputs.fields else ()
 
     def signal(self, name: str) -> Tensor:
         """A view as encoders read it, (R*K, ch, *size); one without crops as it is, (R, ...)."""

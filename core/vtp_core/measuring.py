@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from vtp_core import evaluation
+from vtp_core.adopting import keeps_latents
+from vtp_core.generation import Generator
 from vtp_core.probes.bench import Bench
 from vtp_core.run import metrics
 from vtp_core.run.metrics import JsonLines
-from vtp_core.statistics import latent_statistics
+from vtp_core.state import module_state
+from vtp_core.statistics import digest, latent_statistics
 from vtp_core.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -30,14 +33,18 @@ class Measuring:
         dataset: makes the dataset of a split.
         rows: ``probes.jsonl``.
         stopping: told when a signal may raise.
+        exporters: objectives that export something but are not trained here.
+        names: label names that condition the generator.
     """
 
     def __init__(
         self, engine: Engine, probes: Mapping[str, Probe], dataset: Callable[[str | None], Dataset],
-        rows: JsonLines, stopping: Stopping,
+        rows: JsonLines, stopping: Stopping, exporters: Mapping[str, Any] | None = None,
+        names: Sequence[str] = (),
     ) -> None:  # fmt: skip
         self.engine, self.probes, self.dataset = engine, probes, dataset
         self.rows, self.stopping = rows, stopping
+        self.exporters, self.names = dict(exporters or {}), names
 
     def taken(self, step: int) -> bool:
         """Whether probes were taken at a step."""
@@ -59,7 +66,8 @@ class Measuring:
             module.eval()
         tokenizer, bench = self._tokenizer()
         with self.stopping.resting():
-            readings, left_out = evaluation.measured(tokenizer, {n: self.probes[n] for n in names}, bench)
+            probes = {n: self.probes[n] for n in names}
+            readings, left_out = evaluation.measured(tokenizer, probes, bench, self.generator(tokenizer))
         for module in modules:
             module.train()
         step = self.engine.steps_done
@@ -72,12 +80,26 @@ class Measuring:
     def statistics(self) -> dict[str, Tensor]:
         """Statistics of the latent, if the run trains what makes it."""
         model = self.engine.model
-        if model.encoder is None or not {"encoder", "bottleneck"} - model.frozen:
+        if model.encoder is None or keeps_latents(model):
             return {}
+        if model.generator is not None:  # which saw the latent as the bottleneck normalises it
+            channels = model.spec.channels
+            own = digest(module_state(model)["tokenizer"])
+            return {"mean": torch.zeros(channels), "std": torch.ones(channels), "count": torch.tensor(0), "of": own}
         with self.stopping.resting():
             return latent_statistics(*self._tokenizer())
 
+    def generator(self, tokenizer: Tokenizer) -> Generator | None:
+        """The live generator, its average where there is one; None where there is none."""
+        model, average = self.engine.model, self.engine.average.modules.get("generator")
+        if model.generator is None:
+            return None
+        hooks = dict(self.engine.plugins.list_name_plugin())
+        kept = {name: hook for name, hook in hooks.items() if hasattr(hook, "vtp_sample") and name != "defaults"}
+        weights = "student" if average is None else "ema"
+        return Generator(tokenizer, average, names=self.names, hooks=kept, weights=weights)
+
     def _tokenizer(self) -> tuple[Tokenizer, Bench]:
         """The live modules as a tokenizer, and the data beside it."""
-        tokenizer = Tokenizer(self.engine.model, self.engine.model.objectives)
+        tokenizer = Tokenizer(self.engine.model, {**self.exporters, **self.engine.model.objectives})
         return tokenizer, Bench(tokenizer, self.dataset, device=self.engine.device)

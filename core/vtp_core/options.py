@@ -147,9 +147,44 @@ class Probe(_Keys):
 
 
 class Tokenizer(_Keys):
-    """``tokenizer``: modules of the tokenizer that do not train."""
+    """``tokenizer``: the earlier run to start from, and modules that do not train.
 
+    ``size`` and ``exports`` are filled in from the earlier run's stack: the dial of its modules, and its
+    objectives that export something.
+    """
+
+    from_: str | None = Field(None, alias="from")
+    weights: Literal["student", "ema"] = "student"
     frozen: tuple[str, ...] = ()
+    size: str | None = None
+    exports: dict[str, dict[str, Any]] = {}
+
+
+class Ema(_Keys):
+    """``generator.ema``: the average that is sampled from; in its first steps it moves faster.
+
+    With ``warmup`` the decay after t steps is at most (1 + t) / (10 + t): a plain average of 0.9999 is
+    still the initial weights after a thousand steps (specs/generators.md 10).
+    """
+
+    decay: float = Field(0.9999, ge=0, lt=1)
+    warmup: bool = True
+
+    def at(self, step: int) -> float:
+        """Decay of the update that follows ``step`` steps."""
+        return min(self.decay, (1 + step) / (10 + step)) if self.warmup else self.decay
+
+
+class Sampler(_Keys):
+    """Keys of ``sampler`` that belong to the engine; the sampler's own options stand beside them.
+
+    ``guidance`` and ``reuse`` have the keys of ``vtp_core.samplers.guidance.Guidance`` and
+    ``vtp_core.samplers.reuse.Reuse``; ``weak`` is the run of the generator that ``guidance.use: auto`` needs.
+    """
+
+    guidance: dict[str, Any] | None = None
+    reuse: dict[str, Any] | None = None
+    weak: str | None = None
 
 
 class Generator(_Keys):
@@ -158,7 +193,7 @@ class Generator(_Keys):
     path: dict[str, Any] | None = None
     condition: str | None = None
     drop_condition: float = Field(0.0, ge=0, lt=1)
-    ema: Annotated[Any, AfterValidator(_not_built)] = None
+    ema: Ema | None = None
     share: str | None = None
 
 
@@ -167,6 +202,7 @@ OBJECTIVE_KEYS = frozenset(Objective.model_fields) | {"optim"}
 DATA_KEYS = frozenset(Data.model_fields)
 PROBE_KEYS = frozenset(Probe.model_fields)
 GENERATOR_KEYS = frozenset(Generator.model_fields)
+SAMPLER_KEYS = frozenset(Sampler.model_fields)
 
 DIALS: dict[str, dict[str, Any]] = {
     "tiny": {"lr": 1e-3, "warmup": "5%"},

@@ -171,6 +171,7 @@ def _drop_options(config: DictConfig, parts: list[str], name: Any) -> None:
         "probes": options.PROBE_KEYS,
         "data": options.DATA_KEYS,
         "generator": options.GENERATOR_KEYS,
+        "sampler": options.SAMPLER_KEYS,
     }
     keep = options.COMPONENT_KEYS | own.get(parts[0], frozenset())
     for option in [option for option in node if option not in keep]:

@@ -120,7 +120,8 @@ class _Planner:
         if kind == "input":
             return Node("input", need.view)
         if need.source.startswith("teacher:"):
-            return Node("teach", need.view, need.source)
+            ready = f"{need.source}/{output}"
+            return Node("input", ready) if ready in self.provided else Node("teach", need.view, need.source)
         if need.source == "generator" and kind in GENERATED:
             return self._generate(need, reader)
         if kind in LATENT:

@@ -18,7 +18,10 @@ from vtp_core.overrides import ENTRIES, merged, read
 from vtp_core.validation import M, validated
 from vtp_plugins.registry import Registry
 
-SINGLES = {"data": "datasets", "encoder": "encoders", "decoder": "decoders", "generator": "generators"}
+SINGLES = {
+    "data": "datasets", "encoder": "encoders", "decoder": "decoders", "generator": "generators",
+    "sampler": "samplers",
+}  # fmt: skip
 """Key of one component -> its group in the registry."""
 KEYS = frozenset({"modality", "size", "bottleneck", "tokenizer", "train", "run", *ENTRIES, *SINGLES})
 _INSTANCE = re.compile(r"[A-Za-z0-9_-]{1,64}")
@@ -56,6 +59,18 @@ class Stack:
         return _engine_keys(options.Data, "data", self.config.get("data"))
 
     @property
+    def tokenizer(self) -> options.Tokenizer:
+        return validated(options.Tokenizer, "tokenizer", _mapping("tokenizer", self.config.get("tokenizer")))
+
+    @property
+    def generator(self) -> options.Generator:
+        return _engine_keys(options.Generator, "generator", self.config.get("generator"))
+
+    @property
+    def sampler(self) -> options.Sampler:
+        return _engine_keys(options.Sampler, "sampler", self.config.get("sampler"))
+
+    @property
     def run(self) -> options.Run:
         return validated(options.Run, "run", _mapping("run", self.config.get("run")))
 
@@ -83,7 +98,9 @@ def load_stack(source: str | Path, overrides: Iterable[str] = (), registry: Regi
     path = find_stack(str(source), registry)
     if path.parent == Path(source):
         return load_run_stack(path.parent, registry, overrides)
-    return check_stack(path.stem, merged(read(path), overrides), registry)
+    from vtp_core.inheriting import inherited  # which reads stacks itself
+
+    return check_stack(path.stem, inherited(merged(read(path), overrides), registry), registry)
 
 
 def load_run_stack(run: Path, registry: Registry, overrides: Iterable[str] = (), check: bool = True) -> Stack:
@@ -161,8 +178,10 @@ def check_stack(name: str, config: Mapping[Any, Any], registry: Registry) -> Sta
         if key not in KEYS:
             raise StackFault(f"unknown key {key!r} in the stack{suggestion(str(key), KEYS)}")
     stack = Stack(name, {key: node for key, node in config.items() if node is not None}, registry)
-    if "tokenizer" not in stack.config and "encoder" not in stack.config:
-        raise StackFault("the stack names neither an encoder nor a tokenizer; write encoder: {use: vit}")
+    if "encoder" not in stack.config:
+        raise StackFault(
+            "the stack has no encoder; write encoder: {use: vit}, or start from an earlier run: tokenizer.from=RUN"
+        )
     _check_engine_keys(stack)
     for key, node in _components(stack):
         _check_component_keys(stack, key, node)
@@ -188,9 +207,10 @@ def _check_engine_keys(stack: Stack) -> None:
     for name, node in _nodes(stack, "probes"):
         _engine_keys(options.Probe, f"probes.{name}", node)
     _engine_keys(options.Generator, "generator", stack.config.get("generator"))
-    tokenizer = _mapping("tokenizer", stack.config.get("tokenizer"))
-    _not_from("tokenizer", tokenizer)
-    validated(options.Tokenizer, "tokenizer", tokenizer)
+    _engine_keys(options.Sampler, "sampler", stack.config.get("sampler"))
+    dial = stack.tokenizer.size
+    if dial is not None and dial not in options.DIALS:
+        raise StackFault(f"tokenizer.size: no dial {dial!r}{suggestion(dial, options.DIALS)}")
 
 
 def _check_component_keys(stack: Stack, key: str, node: Mapping[str, Any]) -> None:

@@ -94,6 +94,13 @@ def shadowed(model: Model) -> dict[str, nn.Module]:
     return found
 
 
+def averaged(model: Model) -> dict[str, nn.Module]:
+    """The generator, where the stack wants its average."""
+    if model.generator is None or model.stack.generator.ema is None:
+        return {}
+    return {"generator": model.generator}
+
+
 def bind_shadows(model: Model, ema: EMATeacher) -> None:
     """Hand every objective its EMA copies."""
     for name, objective in model.objectives.items():

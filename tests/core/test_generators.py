@@ -38,7 +38,7 @@ def test_repa_e_trains_tokenizer_and_generator_apart_in_one_step() -> None:
     sections: dict[str, Any] = {**FLOW, **TEACHER, "modules": {"projector": {"use": "head", "prototypes": 5}}}
     objectives: dict[str, Any] = {
         "rebuild": {},
-        "flow": {},
+        "drift": {},
         "align_generator": {"use": "repa", "weight": 0.5, "projector": "projector"},
         "align_tokenizer": {
             "use": "repa", "weight": 1.5, "projector": "projector",
@@ -61,7 +61,7 @@ def test_repa_e_trains_tokenizer_and_generator_apart_in_one_step() -> None:
         part = engine_of({name: objectives[name] for name in names}, **sections)
         return gradients(part, batch)[0]
 
-    tokenizer, generator = alone(["rebuild", "align_tokenizer"]), alone(["flow", "align_generator"])
+    tokenizer, generator = alone(["rebuild", "align_tokenizer"]), alone(["drift", "align_generator"])
     assert owners(generator) == {"generator", "modules/projector", "align_generator"}
     for key, grad in found.items():
         if key.startswith(("encoder", "bottleneck", "decoder")):
@@ -75,7 +75,7 @@ def test_the_encoder_is_also_the_generator() -> None:
     sections: dict[str, Any] = {
         "generator": {"use": "denoiser", "share": "encoder", "path": {"use": "straight"}}
     }
-    engine = engine_of({"rebuild": {}, "flow": {"repeat": 3}}, **sections)
+    engine = engine_of({"rebuild": {}, "drift": {"repeat": 3}}, **sections)
     assert engine.model.generator.network is engine.model.encoder
     assert not any("network" in key for key in engine.state()["generator"])
     assert set(engine.layout.owners()["generator"]) == {
@@ -102,21 +102,21 @@ def test_the_encoder_is_also_the_generator() -> None:
         {key: grad for key, grad in found.items() if key.startswith("encoder")},
         {f"encoder.{n}": p.grad for n, p in hand.encoder.named_parameters() if p.grad is not None},
     )
-    fresh = engine_of({"rebuild": {}, "flow": {"repeat": 3}}, train={"seed": 1}, **sections)
+    fresh = engine_of({"rebuild": {}, "drift": {"repeat": 3}}, train={"seed": 1}, **sections)
     fresh.load({part: {k: v.clone() for k, v in t.items()} for part, t in engine.state().items()}, 1)
     close(weights(fresh), weights(engine), 0)
 
 
 def test_latents_from_the_loader_run_no_encoder() -> None:
     engine = engine_of(
-        {"flow": {}, "rebuild": {"rows": 0.5}},
+        {"drift": {}, "rebuild": {"rows": 0.5}},
         provided=frozenset({"latent"}),
         tokenizer={"frozen": ["encoder", "bottleneck"]},
         **FLOW,
     )
     assert engine.layout.rows_by_view() == {"latent": 8, "image": 4}
     engine.model.statistics = {"mean": torch.arange(4.0), "std": torch.full((4,), 2.0)}
-    got, batch = seen_by(engine, "flow"), batch_of(engine)
+    got, batch = seen_by(engine, "drift"), batch_of(engine)
     row = engine.step(batch)
     assert not engine.model.encoder.calls
     clock = StepClock().of("generator/main/latent/student/None")
@@ -142,9 +142,9 @@ def test_supplied_latents_can_be_read_as_they_are() -> None:
 
 def test_an_autoregressive_generator_has_no_path() -> None:
     engine = engine_of(
-        {"flow": {}, "rebuild": {}}, generator={"use": "denoiser", "path": None, "condition": "label"}
+        {"drift": {}, "rebuild": {}}, generator={"use": "denoiser", "path": None, "condition": "label"}
     )
-    got, batch = seen_by(engine, "flow"), batch_of(engine)
+    got, batch = seen_by(engine, "drift"), batch_of(engine)
     levels: list[Any] = []
     engine.model.generator.register_forward_pre_hook(lambda module, args: levels.append(args[1]))
     engine.step(batch)
@@ -158,7 +158,7 @@ def test_labels_are_dropped_in_training_and_never_in_eval_mode() -> None:
         "generator": {**FLOW["generator"], "condition": "label", "drop_condition": 0.5}, **TEACHER
     }  # fmt: skip
     engine = engine_of(
-        {"flow": {}, "repa": {"through": ["generator"], "cut": [], "mode": "eval"}}, **sections
+        {"drift": {}, "repa": {"through": ["generator"], "cut": [], "mode": "eval"}}, **sections
     )
     labels: list[Tensor] = []
     engine.model.generator.register_forward_pre_hook(lambda module, args: labels.append(args[2]))
@@ -172,8 +172,8 @@ def test_labels_are_dropped_in_training_and_never_in_eval_mode() -> None:
 
 def test_needs_with_one_draw_name_share_noise_whatever_their_rows() -> None:
     objectives: dict[str, Any] = {
-        "flow": {}, "few": {"use": "flow", "rows": 0.25, "cut": []},
-        "other": {"use": "flow", "draw": "second"},
+        "drift": {}, "few": {"use": "drift", "rows": 0.25, "cut": []},
+        "other": {"use": "drift", "draw": "second"},
     }  # fmt: skip
     engine = engine_of(objectives, **FLOW)
     got = {name: seen_by(engine, name) for name in objectives}
@@ -186,8 +186,8 @@ def test_needs_with_one_draw_name_share_noise_whatever_their_rows() -> None:
 def test_every_step_draws_anew_and_the_seed_decides() -> None:
     targets = []
     for seed in (0, 0, 1):
-        engine = engine_of({"flow": {}}, train={"seed": seed}, **FLOW)
-        got = seen_by(engine, "flow")
+        engine = engine_of({"drift": {}}, train={"seed": seed}, **FLOW)
+        got = seen_by(engine, "drift")
         run(engine, 2)
         targets.append([x["x"]["target"] for x in got])
     assert torch.equal(targets[0][1], targets[1][1])

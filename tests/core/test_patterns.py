@@ -163,7 +163,7 @@ def test_an_output_that_the_chain_does_not_give_is_an_error() -> None:
 
 def test_a_waveform_on_the_same_engine() -> None:
     objectives = {
-        "rebuild": {}, "masked": {}, "contrast": {}, "flow": {}, "read": {"want": "latent.cls"}
+        "rebuild": {}, "masked": {}, "contrast": {}, "drift": {}, "read": {"want": "latent.cls"}
     }  # fmt: skip
     engine = engine_of(
         objectives,
@@ -181,7 +181,7 @@ def test_a_waveform_on_the_same_engine() -> None:
 
 
 def test_nothing_touches_torchs_own_generator() -> None:
-    engine = engine_of({"flow": {}, "masked": {}, "contrast": {"draws": True}, "fool": {}}, **FLOW)
+    engine = engine_of({"drift": {}, "masked": {}, "contrast": {"draws": True}, "fool": {}}, **FLOW)
     batch = batch_of(engine)
     state = torch.get_rng_state()
     engine.step(batch)

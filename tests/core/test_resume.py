@@ -17,7 +17,7 @@ OBJECTIVES: dict[str, Any] = {
     "distil": {"head": "head"},
     "masked": {"head": "head"},
     "contrast": {"draws": True, "rows": 0.5},
-    "flow": {"repeat": 2},
+    "drift": {"repeat": 2},
     "repa": {"start": 2, "through": ["generator"], "cut": []},
     "fool": {"balance": {"against": "rebuild"}},
 }
@@ -114,7 +114,7 @@ def test_a_step_count_that_differs_draws_differently(checkpoint: Any) -> None:
     parts, rows, _ = checkpoint
     other = engine()
     other.load(parts, STEPS + 1)
-    assert run(other, 1, first=STEPS)[0]["flow/flow"] != rows[0]["flow/flow"]
+    assert run(other, 1, first=STEPS)[0]["drift/drift"] != rows[0]["drift/drift"]
 
 
 def test_weights_that_do_not_fit_are_an_error(checkpoint: Any) -> None:
@@ -138,8 +138,8 @@ def test_initial_weights_depend_on_the_seed_and_the_place_alone() -> None:
 
 def test_adding_an_objective_that_draws_leaves_other_draws_alone() -> None:
     one, two = (
-        engine_of({"flow": {}}, **SECTIONS),
-        engine_of({"flow": {}, "contrast": {"draws": True}}, **SECTIONS),
+        engine_of({"drift": {}}, **SECTIONS),
+        engine_of({"drift": {}, "contrast": {"draws": True}}, **SECTIONS),
     )
     batch = batch_of(two)
-    assert one.step(batch)["flow/flow"] == two.step(batch)["flow/flow"]
+    assert one.step(batch)["drift/drift"] == two.step(batch)["drift/drift"]

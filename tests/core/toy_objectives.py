@@ -158,7 +158,7 @@ class Flow(Objective):
         self.needs = {"x": Need(view, {"prediction", "target"}, "generator", None, cut=cut, draw=draw)}
 
     def forward(self, got: Got, clock: Clock) -> dict[str, Tensor]:
-        return {"flow": (wide(got["x"]["prediction"]) - wide(got["x"]["target"])).square().mean()}
+        return {"drift": (wide(got["x"]["prediction"]) - wide(got["x"]["target"])).square().mean()}
 
 
 class Align(Objective):
@@ -242,6 +242,6 @@ PLUGINS = {
     "modules": {"head": Head},
     "objectives": {
         "read": Read, "rebuild": Rebuild, "distil": Distil, "masked": Masked, "contrast": Contrast,
-        "flow": Flow, "repa": Align, "fool": Fool, "sick": Sick,
+        "drift": Flow, "repa": Align, "fool": Fool, "sick": Sick,
     },
 }  # fmt: skip

@@ -17,7 +17,7 @@ OBJECTIVES: dict[str, Any] = {
     "distil": {"head": "head", "weight": 0.7},
     "masked": {"head": "head", "rows": 0.5},  # another number of masked places on each process
     "contrast": {"rows": 0.75, "weight": 0.1, "draws": True},
-    "flow": {"weight": 0.3, "repeat": 2},
+    "drift": {"weight": 0.3, "repeat": 2},
     "repa": {"weight": 0.2, "through": ["generator"], "cut": [], "every": 2},
     "fool": {"critic": {"order": "before"}, "balance": {"against": "rebuild"}},
     "fresh": {"use": "fool", "weight": 0.1, "critic": {"input": "fresh"}},

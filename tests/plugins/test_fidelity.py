@@ -14,9 +14,9 @@ from torch import Tensor
 from vtp_core import weights
 from vtp_core.components import schema_of
 from vtp_core.errors import DataFault
+from vtp_core.nn.lite0 import load
 from vtp_core.probes import run_probes
 from vtp_fidelity import FDLite0, Lite0, frechet_distance
-from vtp_core.nn.lite0 import load
 from vtp_plugins.spec import Spec
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -73,8 +73,21 @@ class Steps(TorchDataset[Batch]):
         self.dataset, self.views, self.rows = dataset, dict(views), dict(rows)
         self.batch_size, self.seed, self.rank, self.world = batch_size, seed, rank, world
         self.required = sorted(required)
+        self.prepared: frozenset[str] = getattr(dataset, "prepared", frozenset()) & dataset.fields
+        self._draw: Callable[[int, int], dict[str, Any]] | None = getattr(dataset, "draw", None)
+        self._check_prepared()
         self._orders: dict[int, Sequence[int]] = {}
         self._known: dict[int, Skipped] = {}  # broken samples met before, so they are not decoded again
+
+    def _check_prepared(self) -> None:
+        """A field that comes as a view already, made with a latent, has no other views."""
+        for name in (name for name in self.views if self.rows.get(name)):
+            view = self.views[name]
+            if view.field in self.prepared and view.crops != 1:
+                raise DataFault(
+                    f"views.{name} wants {view.crops} crops of {view.field!r}, but the dataset hands out the one "
+                    "its latents were made of; train this objective from images, or leave it out"
+                )
 
     def __getitem__(self, step: int) -> Batch:
         state = torch.default_generator.get_state()
@@ -107,8 +120,8 @@ class Steps(TorchDataset[Batch]):
 
     def warm(self, step: int) -> None:
         """Read one sample, so that what the dataset caches is shared by the processes forked next."""
-        for _, index in self.place(step)[:1]:
-            self._sample(index)
+        for epoch, index in self.place(step)[:1]:
+            self._sample(epoch, index)
 
     def _order(self, epoch: int) -> Sequence[int]:
         if epoch not in self._orders:
@@ -132,6 +145,8 @@ class Steps(TorchDataset[Batch]):
         if name not in self.views:
             return sample[name]
         view = self.views[name]
+        if view.field in self.prepared:
+            return sample[view.field][None]  # (ch, *size) -> (1, ch, *size)
         torch.default_generator.manual_seed(order.key("view", self.seed, epoch, index, name, size=8))
         return view(sample[view.field])
 
@@ -146,7 +161,7 @@ class Steps(TorchDataset[Batch]):
         for attempt in range(tries):
             index = (first + attempt * stride) % count
             batch.read += 1
-            sample = self._sample(index)
+            sample = self._sample(epoch, index)
             if not isinstance(sample, Skipped):
                 return index, sample
             batch.skipped.append(sample)
@@ -156,11 +171,11 @@ class Steps(TorchDataset[Batch]):
         example = f"for example {last.name}: {last.detail}"
         raise DataFault(f"data: none of {tries} samples is usable ({reasons}); {example}")
 
-    def _sample(self, index: int) -> dict[str, Any] | Skipped:
+    def _sample(self, epoch: int, index: int) -> dict[str, Any] | Skipped:
         if index in self._known:
             return self._known[index]
         try:
-            sample = self.dataset[index]
+            sample = self._drawn(epoch, index)
         except (ValueError, OSError) as error:
             reason = str(getattr(error, "reason", "") or type(error).__name__)
             name = str(getattr(error, "name", "") or f"sample {index}")
@@ -173,6 +188,12 @@ class Steps(TorchDataset[Batch]):
             skipped = Skipped(f"no {lacking}", name, f"has no {lacking}", broken=False)
         self._known[index] = skipped
         return skipped
+
+    def _drawn(self, epoch: int, index: int) -> dict[str, Any]:
+        """The sample as its epoch sees it, where the dataset tells epochs apart."""
+        if self._draw is None:
+            return self.dataset[index]
+        return self._draw(index, order.key("draw", self.seed, epoch, index, size=8))
 
 
 def stacked(column: list[Any]) -> Any:

@@ -46,6 +46,8 @@ class RMSNorm(nn.Module):
         eps: added to the mean square.
     """
 
+    normalises: ClassVar[bool] = True
+
     def __init__(self, spec: Spec, *, eps: Annotated[float, Field(gt=0)] = 1e-6) -> None:
         super().__init__()
         self.channels = width_in(spec)

@@ -18,14 +18,18 @@ class LeftOut(Exception):
     """A probe can't be taken of this tokenizer and this data; the message says why and what would help."""
 
 
-def run_probes(tokenizer: Any, probes: Mapping[str, Probe], bench: Bench) -> tuple[list[Reading], list[str]]:
+def run_probes(
+    tokenizer: Any, probes: Mapping[str, Probe], bench: Bench, generator: Any = None
+) -> tuple[list[Reading], list[str]]:
     """Readings of all probes, and one line for each probe, or part of one, that was left out.
 
     Args:
         tokenizer: in eval mode.
         probes: by instance name. A probe may have ``notes``, lines on parts that its last call left out.
         bench: of that tokenizer.
+        generator: in eval mode, for probes whose ``subject`` is ``generator``; they are left out without it.
     """
+    subjects = {"tokenizer": tokenizer, "generator": generator}
     fields = bench.dataset(bench.splits[0]).fields
     readings: list[Reading] = []
     left_out: list[str] = []
@@ -33,8 +37,12 @@ def run_probes(tokenizer: Any, probes: Mapping[str, Probe], bench: Bench) -> tup
         if missing := sorted(probe.fields - fields):
             left_out.append(f"probes.{name} left out: the dataset has no {', '.join(missing)}")
             continue
+        subject = getattr(probe, "subject", "tokenizer")
+        if subject != "tokenizer" and subjects.get(subject) is None:
+            left_out.append(f"probes.{name} left out: it measures a {subject}, and the stack has none")
+            continue
         try:
-            readings += probe(tokenizer, bench)
+            readings += probe(subjects[subject], bench)
         except (LeftOut, DataFault) as error:
             left_out.append(f"probes.{name} left out: {error}")
         left_out += [f"probes.{name}: {line}" for line in getattr(probe, "notes", ())]

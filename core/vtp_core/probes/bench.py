@@ -47,7 +47,7 @@ class Bench:
         device: torch.device | str | None = None,
     ) -> None:
         self.tokenizer, self._make = tokenizer, dataset
-        self._view: View = view or _centre(tokenizer.spec)
+        self._view: View = view or centre(tokenizer.spec)
         self._limit, self._batch, self._memory = limit, batch_size, memory
         self._device = torch.device(device or tokenizer.device)
         self._datasets: dict[str, Dataset] = {}
@@ -183,7 +183,8 @@ class _Middle:
         return value[None]
 
 
-def _centre(spec: Spec) -> View:
+def centre(spec: Spec) -> View:
+    """The view without any draw: the middle of a signal, at the stack's size."""
     if spec.modality != "image":
         return cast("View", _Middle(spec.size, spec.modality))
     from vtp_core.data.views import Centre

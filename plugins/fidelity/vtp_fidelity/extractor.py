@@ -38,7 +38,7 @@ def register() -> type[Any]:
     from torch_fidelity.feature_extractor_base import FeatureExtractorBase
 
     class Lite0Extractor(FeatureExtractorBase):  # type: ignore[misc]  # torch-fidelity ships no types
-        """Features ``block10`` and ``pool`` of images resized to 96 pixels, or to ``size``."""
+        """Features ``block10``, ``pool`` and ``logits`` of images resized to 96 pixels, or to ``size``."""
 
         def __init__(
             self,
@@ -54,11 +54,11 @@ def register() -> type[Any]:
 
         @staticmethod
         def get_provided_features_list() -> tuple[str, ...]:
-            return "block10", "pool"
+            return "block10", "pool", "logits"
 
         @staticmethod
         def get_default_feature_layer_for_metric(metric: str) -> str:
-            return "block10"
+            return "logits" if metric == "isc" else "block10"
 
         @staticmethod
         def can_be_compiled() -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -10,40 +11,66 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+@dataclass(frozen=True, slots=True)
+class Gaussian:
+    """What a Fréchet distance knows of a set: mean (D,) and unbiased covariance (D, D), float64."""
+
+    mu: np.ndarray
+    sigma: np.ndarray
+
+
+def fitted(features: Tensor) -> Gaussian:
+    """The Gaussian of features (n, D).
+
+    Raises:
+        ArithmeticError: there are fewer than two samples, or features are not finite.
+    """
+    from torch_fidelity.metric_fid import fid_features_to_statistics
+
+    if len(features) < 2:
+        raise ArithmeticError(f"a Gaussian is fitted to two samples at least, not {len(features)}")
+    if not features.isfinite().all():
+        raise ArithmeticError("features are not finite: the images are broken")
+    found = fid_features_to_statistics(features.detach().cpu().double())
+    return Gaussian(found["mu"], found["sigma"])
+
+
 def frechet_distance(a: Tensor, b: Tensor) -> float:
     """Fréchet distance of Gaussians fitted to a (n, D) and b (m, D), in float64.
 
     Raises:
         ArithmeticError: features aren't finite, or the linear algebra of this machine contradicts itself.
     """
-    from torch_fidelity.metric_fid import (
-        KEY_METRIC_FID,
-        fid_features_to_statistics,
-        fid_statistics_to_metric,
-    )
-
     if min(len(a), len(b)) < 2:
         raise ArithmeticError(f"a Fréchet distance needs two samples a side, not {len(a)} and {len(b)}")
-    if not (a.isfinite().all() and b.isfinite().all()):
-        raise ArithmeticError("features are not finite: the reconstructions are broken")
-    one, two = (fid_features_to_statistics(x.detach().cpu().double()) for x in (a, b))
-    distance = float(fid_statistics_to_metric(one, two, verbose=False)[KEY_METRIC_FID])
-    own = _symmetric(one, two)
-    scale = float(np.trace(one["sigma"]) + np.trace(two["sigma"]))
-    if not abs(distance - own) <= 1e-4 * (
-        abs(own) + scale
-    ):  # a faulty BLAS gives wrong eigenvalues: issue MONAI#9076
+    return distance(fitted(a), fitted(b))
+
+
+def distance(a: Gaussian, b: Gaussian) -> float:
+    """Fréchet distance of two Gaussians: |mu_a - mu_b|^2 + tr(A + B - 2 (A B)^1/2); never negative.
+
+    Raises:
+        ArithmeticError: two formulas disagree, which a faulty BLAS makes of right statistics.
+    """
+    from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_statistics_to_metric
+
+    one, two = ({"mu": g.mu, "sigma": g.sigma} for g in (a, b))
+    theirs = float(fid_statistics_to_metric(one, two, verbose=False)[KEY_METRIC_FID])
+    own = symmetric(a, b)
+    scale = float(np.trace(a.sigma) + np.trace(b.sigma))
+    # a faulty BLAS gives wrong eigenvalues without a word: issue MONAI#9076
+    if not abs(theirs - own) <= 1e-4 * (abs(own) + scale):
         raise ArithmeticError(
-            f"two formulas of the Fréchet distance disagree, {distance} and {own}: faulty BLAS?"
+            f"two formulas of the Fréchet distance disagree, {theirs} and {own}: faulty BLAS?"
         )
-    return max(distance, 0.0)
+    return max(theirs, 0.0)
 
 
-def _symmetric(one: dict[str, np.ndarray], two: dict[str, np.ndarray]) -> float:
-    """The same distance from symmetric eigenproblems alone."""
-    values, vectors = np.linalg.eigh(one["sigma"])
+def symmetric(a: Gaussian, b: Gaussian) -> float:
+    """The same distance from symmetric eigenproblems alone, by the eigenvalues of A^1/2 B A^1/2."""
+    values, vectors = np.linalg.eigh(a.sigma)
     root = (vectors * np.sqrt(values.clip(0))) @ vectors.T
-    middle = np.linalg.eigvalsh(root @ two["sigma"] @ root)
-    shift = float(((one["mu"] - two["mu"]) ** 2).sum())
-    spread = np.trace(one["sigma"]) + np.trace(two["sigma"]) - 2 * np.sqrt(middle.clip(0)).sum()
+    middle = np.linalg.eigvalsh(root @ b.sigma @ root)
+    shift = float(((a.mu - b.mu) ** 2).sum())
+    spread = np.trace(a.sigma) + np.trace(b.sigma) - 2 * np.sqrt(middle.clip(0)).sum()
     return float(shift + spread)

@@ -1,0 +1,166 @@
+"""Starting from an earlier run: its tokenizer's weights, statistics and exports go into a new one."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from vtp_core.build import Model
+from vtp_core.errors import DataFault, StackFault
+from vtp_core.run.checkpoint import latest, load
+from vtp_core.stack import Stack
+from vtp_core.state import Parts, load_tokenizer
+from vtp_core.statistics import digest
+from vtp_core.tokenizer import chosen, exporting, read_run
+
+if TYPE_CHECKING:
+    from vtp_plugins.objective import Objective
+    from vtp_plugins.protocols import Dataset
+
+EXPORTS = "exports/"
+"""Checkpoint parts of objectives that are not trained but travel with the tokenizer."""
+
+
+@dataclass(frozen=True, slots=True)
+class Earlier:
+    """The run that ``tokenizer.from`` names, read into memory."""
+
+    path: Path
+    parts: Parts
+    weights: str
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """Of encoder, bottleneck and decoder, those of the EMA teacher where asked."""
+        return chosen(self.parts, self.weights)
+
+
+def earlier(stack: Stack) -> Earlier | None:
+    """What the stack starts from; None for a stack that starts from nothing."""
+    keys = stack.tokenizer
+    if keys.from_ is None:
+        return None
+    return Earlier(Path(keys.from_), read_run(Path(keys.from_))[1], keys.weights)
+
+
+def beginning(stack: Stack, resume: Path | None) -> tuple[Earlier | None, dict[str, Any]]:
+    """What to start from, None for a run that has a checkpoint; and the parts that are carried along."""
+    found = latest(resume / "checkpoints") if resume else None
+    if found is not None:
+        names = [EXPORTS + name for name in stack.tokenizer.exports]
+        return None, dict(load(found, verify=False, only=names)[0]) if names else {}
+    source = earlier(stack)
+    return source, exports_of(stack, source) if source else {}
+
+
+def conditioning(
+    stack: Stack, dataset: Dataset, exporters: Mapping[str, Objective]
+) -> tuple[int, int]:
+    """Labels of the generator's condition, and E of its embeddings; 0 for what it does not have."""
+    name = stack.generator.condition
+    if name is None or name in dataset.names:
+        return len(dataset.names.get(name or "label", ())), 0
+    if stack.config.get("generator") is None:
+        return 0, 0
+    embed = embedding(exporters)
+    if embed is None:
+        raise StackFault(
+            f"generator.condition: {name!r} is no label of the data ({', '.join(dataset.names) or 'it has none'}), "
+            "and the tokenizer exports no embed_text to embed it"
+        )
+    return 0, embed([""]).shape[1]
+
+
+def embedding(exporters: Mapping[str, Objective]) -> Callable[[Sequence[str]], Tensor] | None:
+    """What embeds texts, (n, E), L2-normalised; None where nothing does."""
+    for objective in exporters.values():
+        if "embed_text" in objective.exports:
+            embed: Any = objective.embed_text
+            return torch.no_grad()(lambda texts: embed(list(texts)))
+    return None
+
+
+def settled(stack: Stack) -> Stack:
+    """The stack whose ``tokenizer.exports`` has only objectives that export something and are installed."""
+    if not stack.tokenizer.exports:
+        return stack
+    config = copy.deepcopy(stack.config)
+    kept = exporting(stack, stack.tokenizer.exports)
+    config["tokenizer"]["exports"] = {name: stack.tokenizer.exports[name] for name in kept}
+    return replace(stack, config=config)
+
+
+def exports_of(stack: Stack, source: Earlier) -> dict[str, Mapping[str, Tensor]]:
+    """Checkpoint parts of what the new tokenizer exports without training it."""
+    found = {}
+    for name in stack.tokenizer.exports:
+        part = source.parts.get(f"objectives/{name}", source.parts.get(EXPORTS + name))
+        if part is None:
+            raise DataFault(f"tokenizer.from: {source.path} has no weights of objectives.{name}")
+        found[EXPORTS + name] = part
+    return found
+
+
+def adopt(model: Model, source: Earlier) -> list[str]:
+    """Load the earlier weights into the tokenizer's modules; returns modules that are new.
+
+    Raises:
+        StackFault: the weights do not fit the modules that the stack writes.
+        DataFault: statistics of another tokenizer.
+    """
+    tensors = source.tensors
+    owners = {name.partition(".")[0] for name in tensors}
+    modules = model.tokenizer_modules()
+    known = [name for name, module in modules.items() if name in owners or not module.state_dict()]
+    bare = replace(model, **{name: None for name in modules if name not in known})
+    load_tokenizer(bare, tensors)
+    statistics = dict(source.parts.get("statistics", {}))
+    if keeps_latents(model) and statistics:
+        own = digest(tensors)
+        if "of" in statistics and source.weights == "student" and not bool((statistics["of"] == own).all()):
+            raise DataFault(
+                f"{source.path}: its latent statistics are of another tokenizer; train it to its end again"
+            )
+        model.statistics = {**statistics, "of": own}
+    return [name for name in modules if name not in known]
+
+
+def keeps_latents(model: Model) -> bool:
+    """Whether nothing that makes the latent trains."""
+    made = {name for name in ("encoder", "bottleneck") if name in model.tokenizer_modules()}
+    trains: Any = [model.tokenizer_modules()[name] for name in made - model.frozen]
+    return not any(parameter.requires_grad for module in trains for parameter in module.parameters())
+
+
+def check_latents(model: Model, dataset: Dataset) -> None:
+    """A generator never sees latents that are not standardised, or another tokenizer's.
+
+    Raises:
+        StackFault: the latent still moves, and nothing normalises it.
+        DataFault: the tokenizer has no statistics, or the data's latents are of another tokenizer.
+    """
+    found: Tensor | None = getattr(dataset, "tokenizer_digest", None)
+    if "latent" in dataset.provides and found is not None:
+        own = model.statistics.get("of")
+        if own is not None and not bool((own == found).all()):
+            raise DataFault("data: these latents are of another tokenizer than tokenizer.from; write them again: vtp latents")
+    if model.generator is None or model.statistics:
+        return
+    links: Any = () if model.bottleneck is None else model.bottleneck.links
+    if any(getattr(link, "normalises", False) for link in links):
+        return
+    if keeps_latents(model):
+        raise DataFault(
+            "tokenizer.from: this tokenizer has no latent statistics, which a generator is trained through; "
+            "its run's end computes them (vtp resume RUN)"
+        )
+    raise StackFault(
+        "generator: its latents are not standardised: freeze the tokenizer "
+        "(tokenizer.frozen=[encoder,bottleneck]), or end the bottleneck with a link that normalises, such as rms_norm"
+    )

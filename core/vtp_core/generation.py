@@ -1,0 +1,293 @@
+"""Sampling from a trained generator: labels or texts to pictures, each a function of the seed and its number."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vtp_core import adopting
+from vtp_core.build import Model, blueprint, build, without_training
+from vtp_core.clock import StepClock
+from vtp_core.components import resolve
+from vtp_core.errors import DataFault, StackFault, suggestion
+from vtp_core.hooks import manager_of
+from vtp_core.run.names import names_of
+from vtp_core.samplers.field import Field
+from vtp_core.samplers.guidance import Guidance
+from vtp_core.samplers.reuse import Reuse
+from vtp_core.stack import Stack, load_run_stack
+from vtp_core.state import load_modules
+from vtp_core.tokenizer import Tokenizer, exporters_of, read_run
+from vtp_core.validation import validated
+from vtp_plugins.registry import Registry
+
+_DEFAULT = {"use": "euler", "steps": 50}
+"""The sampler of a stack that names none, for a generator with a path."""
+
+
+class Generator:
+    """A generator beside its tokenizer.
+
+    Args:
+        tokenizer: decodes, and has the statistics of the latent.
+        network: what samples; None takes the model's generator.
+        names: label names, for ``label`` by name.
+        hooks: hook plugins by name; ``vtp_sample`` goes through them.
+        weak: the network that ``guidance.use: auto`` compares with.
+        weights: what ``network`` is, for the protocol.
+
+    Attributes:
+        evaluations: forwards of the generator per sample in the last call.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        network: Any = None,
+        *,
+        names: Sequence[str] = (),
+        hooks: Mapping[str, Any] | None = None,
+        weak: Any = None,
+        weights: str = "student",
+    ) -> None:
+        self.tokenizer, self.model, self.weights = tokenizer, tokenizer.model, weights
+        self.network = network if network is not None else self.model.generator
+        if self.network is None:
+            raise StackFault("this run has no generator; train one: vtp train lightningdit-tiny tokenizer.from=RUN")
+        self.names, self.weak = tuple(names), weak
+        self.relay = manager_of(hooks or {}).hook
+        self.sampler = self.model.sampler or _default_sampler(self.model)
+        self.evaluations = 0
+
+    @classmethod
+    def from_pretrained(
+        cls, path: str | Path, weights: str | None = None, device: str = "cpu", overrides: Sequence[str] = ()
+    ) -> Generator:
+        """Load a generator and its tokenizer from a run.
+
+        Args:
+            path: a run directory whose stack has a generator.
+            weights: ``ema`` or ``student``; None takes the average where the run kept one.
+            device: where to put both.
+            overrides: of the run's stack, such as ``sampler.steps=20``.
+
+        Raises:
+            DataFault: nothing loadable is there.
+            StackFault: the run has no generator, or not those weights.
+        """
+        run = Path(path)
+        _, parts = read_run(run)
+        stack = load_run_stack(run, Registry(), overrides)
+        names = names_of(run)
+        model, exporters = _loaded(stack, parts, names, device)
+        kept = "generator.ema" in parts
+        weights = weights or ("ema" if kept else "student")
+        if weights not in {"ema", "student"} or (weights == "ema" and not kept):
+            raise StackFault(f"weights: this run has {'ema and student' if kept else 'student'}, not {weights!r}")
+        if weights == "ema" and model.generator is not None:
+            average = {k.removeprefix("generator."): v for k, v in parts["generator.ema"].items()}
+            model.generator.load_state_dict(average)
+        tokenizer = Tokenizer(model, exporters).to(device).eval().requires_grad_(False)
+        if model.generator is not None:
+            model.generator.to(device).eval().requires_grad_(False)
+        weak = cls.from_pretrained(stack.sampler.weak, device=device).network if stack.sampler.weak else None
+        labels = names.get(model.condition or "", ())
+        return cls(tokenizer, names=labels, hooks=_hooks(stack, model), weak=weak, weights=weights)
+
+    @property
+    def spec(self) -> Any:
+        return self.model.spec
+
+    @property
+    def condition(self) -> str | None:
+        """The raw field that conditions it; None without a condition."""
+        return self.model.condition
+
+    @property
+    def protocol(self) -> str:
+        """Everything a number depends on beside the weights and the seed."""
+        stack = self.model.stack
+        node = stack.config.get("sampler") or (_DEFAULT if self.model.path is not None else {})
+        own = {k: v for k, v in node.items() if k not in {"use", "guidance", "reuse", "weak"}}
+        said = [str(node.get("use", "")), *(f"{k} {v}" for k, v in own.items())]
+        for key in ("guidance", "reuse"):
+            if node.get(key):
+                said.append(f"{key} " + " ".join(f"{k} {v}" for k, v in node[key].items()))
+        return ", ".join([*said, f"{self.weights} weights"])
+
+    # ---- conditions
+
+    def label(self, name: str | int) -> int:
+        """The index of a label given by name or number.
+
+        Raises:
+            StackFault: there is no such label.
+        """
+        if self.spec.condition != "label":
+            raise StackFault(f"this generator is conditioned on {self.condition or 'nothing'}, not on labels")
+        if str(name) in self.names:
+            return self.names.index(str(name))
+        if str(name).isdigit() and int(name) < self.spec.classes:
+            return int(name)
+        raise StackFault(f"no label {name!r}{suggestion(str(name), self.names)}")
+
+    def _conditions(self, n: int, labels: Any, texts: Sequence[str] | None, seed: int) -> Any:
+        """Labels (n,) or embeddings (n, E) of all samples; without any, labels at random and no text."""
+        kind, device = self.spec.condition, self.tokenizer.device
+        given = labels if labels is not None else texts
+        if given is not None and len(given) != n:
+            raise StackFault(f"{len(given)} conditions for {n} samples")
+        if labels is not None and kind != "label":
+            raise StackFault(f"this generator is conditioned on {self.condition or 'nothing'}, not on labels")
+        if texts is not None and kind != "embedding":
+            raise StackFault(f"this generator is conditioned on {self.condition or 'nothing'}, not on texts")
+        if not kind:
+            return None
+        if kind == "label":
+            if labels is None:
+                draws = StepClock(seed, instance="generate").uniform("labels", n)
+                return (draws * self.spec.classes).long().to(device)
+            return torch.as_tensor(labels, dtype=torch.int64, device=device)
+        if texts is None:
+            return torch.zeros(n, self.spec.condition_width, device=device)
+        embed = self.model.embed or self.tokenizer.embed_text
+        return embed(list(texts)).to(device)
+
+    def _null(self, condition: Tensor) -> Tensor:
+        """The null class, or zeros for an embedding."""
+        if condition.is_floating_point():
+            return torch.zeros_like(condition)
+        return torch.full_like(condition, self.spec.classes)
+
+    # ---- sampling
+
+    @torch.no_grad()
+    def latents(
+        self, n: int = 16, labels: Any = None, texts: Sequence[str] | None = None, seed: int = 0,
+        batch: int = 64, standardized: bool = False, first: int = 0,
+    ) -> Tensor:  # fmt: skip
+        """Latents (n, C, h, w), raw unless ``standardized``.
+
+        Args:
+            n: samples. Sample i depends on (seed, first + i) and its condition alone, whatever the batch.
+            labels: (n,) indices; None draws them.
+            texts: n captions, for a generator that is conditioned on text; None is the null condition.
+            seed: of noise and labels.
+            batch: rows of one pass.
+            standardized: give them as the generator makes them.
+            first: number of the first sample.
+        """
+        condition = self._conditions(n, labels, texts, seed)
+        grid, parts = self.spec.grid, []
+        self.evaluations, training = 0, self.network.training
+        self.network.eval()
+        for start in range(0, n, batch):
+            rows = slice(start, min(start + batch, n))
+            clock = StepClock(seed, instance="generate", rank=first + start, device=self.tokenizer.device)
+            own = None if condition is None else condition[rows]
+            parts.append(self._call((rows.stop - start, self.spec.channels, *grid), own, clock))
+        self.network.train(training)
+        z = torch.cat(parts)
+        return z if standardized else self.model.restore(z)
+
+    def _call(self, shape: tuple[int, ...], condition: Any, clock: StepClock) -> Tensor:
+        """One batch through the hooks; standardised."""
+        subject: Any = self.network
+        if self.sampler.kind == "path":
+            subject = self.field()
+
+        def call(shape: tuple[int, ...]) -> Tensor:
+            made: Tensor = self.sampler(subject, shape, condition, clock)
+            return made
+
+        z: Tensor = self.relay.vtp_sample(call=call, shape=shape)
+        if z.shape != shape:
+            raise StackFault(f"the sampler gave {tuple(z.shape)}, {shape} was asked for")
+        self.evaluations = max(self.evaluations, int(getattr(subject, "evaluations", 0)))
+        return z.to(next(self.network.parameters()).dtype)
+
+    def field(self) -> Field:
+        """A new field over the network with the stack's guidance and reuse."""
+        keys = self.model.stack.sampler
+        guidance = None if keys.guidance is None else validated(Guidance, "sampler.guidance", keys.guidance)
+        reuse = None if keys.reuse is None else validated(Reuse, "sampler.reuse", keys.reuse)
+        null = self._null if self.spec.condition else None
+        try:
+            return Field(self.network, self.model.path, guidance=guidance, null=null, weak=self.weak, reuse=reuse)
+        except ValueError as error:
+            raise StackFault(f"sampler.{error}") from error
+
+    @torch.no_grad()
+    def sample(
+        self, n: int = 16, labels: Any = None, texts: Sequence[str] | None = None, seed: int = 0,
+        batch: int = 64, first: int = 0,
+    ) -> Tensor:  # fmt: skip
+        """Pictures (n, 3, H, W) float in [0, 1] on the CPU; arguments as for :meth:`latents`."""
+        z = self.latents(n, labels, texts, seed, batch, first=first)
+        return torch.cat([self.tokenizer.decode(part).clamp(0, 1).float().cpu() for part in z.split(batch)])
+
+    @torch.no_grad()
+    def from_noise(self, noise: Tensor, condition: Any = None) -> Tensor:
+        """Pictures from given initial noise (n, C, h, w): an interpolation between two samples, say."""
+        clock = _Given(noise)
+        z = self._call(tuple(noise.shape), condition, clock)
+        return self.tokenizer.decode(self.model.restore(z)).clamp(0, 1).float().cpu()
+
+
+def noise_of(generator: Generator, n: int, seed: int = 0) -> Tensor:
+    """The initial noise of samples 0 to n - 1, (n, C, h, w)."""
+    clock = StepClock(seed, instance="generate", device=generator.tokenizer.device)
+    return clock.normal("noise", n, generator.spec.channels, *generator.spec.grid)
+
+
+class _Given(StepClock):
+    """A clock whose draw ``noise`` is given."""
+
+    def __init__(self, noise: Tensor) -> None:
+        super().__init__(instance="generate", device=noise.device)
+        object.__setattr__(self, "noise", noise)
+
+    def normal(self, name: str, *shape: int) -> Tensor:
+        given: Tensor = object.__getattribute__(self, "noise")
+        return given.clone() if name == "noise" else super().normal(name, *shape)
+
+
+def _default_sampler(model: Model) -> Any:
+    if model.path is None:
+        raise StackFault("sampler: this generator has no path and the stack names no sampler for it; see vtp list samplers")
+    stack = model.stack
+    return resolve(stack.registry, "samplers", "sampler", _DEFAULT, stack.dial).build(model.spec)
+
+
+def _loaded(
+    stack: Stack, parts: Mapping[str, Mapping[str, Tensor]], names: Mapping[str, Sequence[str]], device: str
+) -> tuple[Model, dict[str, Any]]:
+    """Tokenizer and generator of a checkpoint, with what travels with the tokenizer."""
+    if "generator" not in parts or stack.config.get("generator") is None:
+        raise StackFault("this run has no generator; train one: vtp train lightningdit-tiny tokenizer.from=RUN")
+    if "statistics" not in parts and "decoder" not in stack.config:
+        raise DataFault("the checkpoint has no latent statistics")
+    condition = stack.generator.condition
+    exporters = exporters_of(stack, parts, device)
+    embed = adopting.embedding(exporters)
+    width = 0
+    if condition is not None and condition not in names:
+        if embed is None:
+            raise DataFault(f"generator.condition: nothing embeds {condition!r}; install the plugin that exports embed_text")
+        width = embed([""]).shape[1]
+    plans = without_training(blueprint(stack))
+    model = build(plans, len(names.get(condition or "label", ())), width)
+    load_modules(model, parts)
+    model.statistics = dict(parts.get("statistics", {}))
+    model.embed = embed
+    return model, exporters
+
+
+def _hooks(stack: Stack, model: Model) -> dict[str, Any]:
+    from vtp_core.training import build_hooks
+
+    return {name: hook for name, hook in build_hooks(stack, model.spec).items() if hasattr(hook, "vtp_sample")}

@@ -1,0 +1,1 @@
+"""Frozen models that objectives align with: each resizes and normalises pictures itself."""
