@@ -59,9 +59,7 @@ def beginning(stack: Stack, resume: Path | None) -> tuple[Earlier | None, dict[s
     return source, exports_of(stack, source) if source else {}
 
 
-def conditioning(
-    stack: Stack, dataset: Dataset, exporters: Mapping[str, Objective]
-) -> tuple[int, int]:
+def conditioning(stack: Stack, dataset: Dataset, exporters: Mapping[str, Objective]) -> tuple[int, int]:
     """Labels of the generator's condition, and E of its embeddings; 0 for what it does not have."""
     name = stack.generator.condition
     if name is None or name in dataset.names:
@@ -79,11 +77,10 @@ def conditioning(
 
 def embedding(exporters: Mapping[str, Objective]) -> Callable[[Sequence[str]], Tensor] | None:
     """What embeds texts, (n, E), L2-normalised; None where nothing does."""
-    for objective in exporters.values():
-        if "embed_text" in objective.exports:
-            embed: Any = objective.embed_text
-            return torch.no_grad()(lambda texts: embed(list(texts)))
-    return None
+    found: Any = next((o for o in exporters.values() if "embed_text" in o.exports), None)
+    if found is None:
+        return None
+    return torch.no_grad()(lambda texts: found.embed_text(list(texts)))
 
 
 def settled(stack: Stack) -> Stack:
@@ -118,8 +115,8 @@ def adopt(model: Model, source: Earlier) -> list[str]:
     owners = {name.partition(".")[0] for name in tensors}
     modules = model.tokenizer_modules()
     known = [name for name, module in modules.items() if name in owners or not module.state_dict()]
-    bare = replace(model, **{name: None for name in modules if name not in known})
-    load_tokenizer(bare, tensors)
+    without: dict[str, Any] = {name: None for name in modules if name not in known}
+    load_tokenizer(replace(model, **without), tensors)
     statistics = dict(source.parts.get("statistics", {}))
     if keeps_latents(model) and statistics:
         own = digest(tensors)
@@ -149,7 +146,9 @@ def check_latents(model: Model, dataset: Dataset) -> None:
     if "latent" in dataset.provides and found is not None:
         own = model.statistics.get("of")
         if own is not None and not bool((own == found).all()):
-            raise DataFault("data: these latents are of another tokenizer than tokenizer.from; write them again: vtp latents")
+            raise DataFault(
+                "data: these latents are of another tokenizer than tokenizer.from; write them again: vtp latents"
+            )
     if model.generator is None or model.statistics:
         return
     links: Any = () if model.bottleneck is None else model.bottleneck.links

@@ -11,7 +11,10 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
+from vtp_core import cli_generation
 from vtp_core.attribution import translated
+from vtp_core.cli_arguments import AsJson, Overrides, Plugins, RunPath, StackName, registry_of
+from vtp_core.cli_generation import piped, say
 from vtp_core.cli_weights import app as weights_app
 from vtp_core.stopping import Interrupted, handled, interrupt
 
@@ -25,17 +28,6 @@ app = typer.Typer(
 data_app = typer.Typer(no_args_is_help=True, help="Prepare data.")
 app.add_typer(data_app, name="data")
 app.add_typer(weights_app, name="weights")
-
-StackName = Annotated[str, typer.Argument(metavar="STACK", help="A shipped stack's name, or a YAML file.")]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Argument(metavar="[KEY=VALUE]...", help="Overrides; key=null or ~key removes an entry."),
-]
-Plugins = Annotated[
-    list[Path] | None, typer.Option("--plugin", help="A Python file with PLUGINS = {...}; its code is run.")
-]
-RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -69,16 +61,10 @@ def _end(message: str, code: int) -> NoReturn:
     raise SystemExit(code)
 
 
-def _registry(plugins: list[Path] | None = None) -> Any:
-    from vtp_plugins.registry import Registry
-
-    return Registry(plugins or ())
-
-
 def _stack(source: str, overrides: list[str] | None, plugins: list[Path] | None) -> Any:
     from vtp_core.stack import load_stack
 
-    return load_stack(source, overrides or (), _registry(plugins))
+    return load_stack(source, overrides or (), registry_of(plugins))
 
 
 def _version(asked: bool) -> None:
@@ -107,7 +93,7 @@ def list_(
 
     if kind is not None and kind not in KINDS:
         raise StackFault(f"no kind {kind!r}{suggestion(kind, KINDS)}")
-    entries = _registry(plugin).entries(kind)
+    entries = registry_of(plugin).entries(kind)
     if as_json:
         keys = ("kind", "name", "target", "distribution")
         typer.echo(json.dumps([{key: getattr(entry, key) for key in keys} for entry in entries], indent=1))
@@ -126,7 +112,7 @@ def show(
     """Options, needs and source of one component."""
     from vtp_core.errors import StackFault, suggestion
 
-    registry = _registry(plugin)
+    registry = registry_of(plugin)
     kind, _, bare = name.rpartition("/")
     entries = [e for e in registry.entries() if e.name == bare and kind in ("", e.kind)]
     if not entries:
@@ -181,11 +167,18 @@ def train(
 
 @app.command()
 def resume(run: RunPath, plugin: Plugins = None) -> None:
-    """Continue a run from its newest valid checkpoint."""
+    """Continue a run or a pipeline from its newest valid checkpoint."""
+    from vtp_core.pipeline import is_pipeline
+
+    if is_pipeline(run):
+        from vtp_core.pipeline.running import resume_pipeline
+
+        piped(resume_pipeline(run, registry_of(plugin), say))
+        return
     from vtp_core.run.directory import RunDirectory, check_idle
     from vtp_core.stack import load_run_stack
 
-    loaded = load_run_stack(run, _registry(plugin))
+    loaded = load_run_stack(run, registry_of(plugin))
     check_idle(run)
     if RunDirectory(run).changed:
         typer.echo(f"{run / 'stack.yaml'} was changed since the run began; it holds as it is now", err=True)
@@ -206,7 +199,7 @@ def eval_(run: RunPath, overrides: Overrides = None, as_json: AsJson = False, pl
     """Run a run's probes again, with overrides such as probes.knn.limit=500; prints, writes nothing."""
     from vtp_core.stack import load_run_stack
 
-    loaded = load_run_stack(run, _registry(plugin), overrides or ())
+    loaded = load_run_stack(run, registry_of(plugin), overrides or ())
     from vtp_core.evaluation import as_row, evaluate
     from vtp_core.run.metrics import encode as encode_row
 
@@ -226,8 +219,8 @@ def report(run: RunPath) -> None:
     from vtp_core.errors import StackFault
     from vtp_core.stack import load_run_stack
 
-    loaded = load_run_stack(run, _registry())
-    from vtp_core.training import build_hooks
+    loaded = load_run_stack(run, registry_of())
+    from vtp_core.hooks import build_hooks
     from vtp_plugins.spec import Spec
 
     hooks = build_hooks(loaded, Spec())
@@ -240,24 +233,7 @@ def report(run: RunPath) -> None:
         typer.echo(f"report  {page}")
 
 
-@app.command()
-def generate(
-    run: RunPath,
-    overrides: Overrides = None,
-    label: Annotated[
-        list[str] | None, typer.Option("--label", help="A label's name or number; may be repeated.")
-    ] = None,
-    text: Annotated[list[str] | None, typer.Option("--text", help="A caption; may be repeated.")] = None,
-    n: Annotated[int, typer.Option("--n", min=1, help="How many samples.")] = 16,
-    seed: Annotated[int, typer.Option("--seed", min=0, help="Of noise and drawn labels.")] = 0,
-    weights: Annotated[str | None, typer.Option("--weights", help="ema or student.")] = None,
-    out: Annotated[Path, typer.Option("-o", "--out", help="PNG file to write.")] = Path("grid.png"),
-) -> None:  # fmt: skip
-    """Sample pictures from a run's generator into one grid, with overrides such as sampler.steps=20."""
-    from vtp_core.grids import generate_grid
-
-    asked = {"n": n, "labels": label or (), "texts": text or (), "seed": seed, "weights": weights}
-    typer.echo(generate_grid(run, out, **asked, overrides=overrides or ()))  # type: ignore[arg-type]
+cli_generation.add(app)
 
 
 @app.command()

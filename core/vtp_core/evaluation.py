@@ -35,13 +35,35 @@ def dataset_factory(stack: Stack, spec: Spec) -> Callable[[str | None], Dataset]
         stack: names the dataset.
         spec: of the tokenizer; a dataset may shrink pictures that are far larger than its size.
     """
-    component = dataset_component(stack)
+    return _maker(dataset_component(stack), spec)
 
+
+def _maker(component: Component, spec: Spec) -> Callable[[str | None], Dataset]:
     def make(split: str | None = None) -> Dataset:
         dataset: Dataset = component.build(spec) if split is None else component.build(spec, split=split)
         return dataset
 
     return make
+
+
+def probed_factory(
+    stack: Stack, spec: Spec, trained: Callable[[str | None], Dataset] | None = None
+) -> Callable[[str | None], Dataset]:
+    """The data that probes look at: the stack's, or the tokenizer's own where the stack's has no signals.
+
+    Args:
+        stack: names the data.
+        spec: of the tokenizer.
+        trained: makes the stack's own datasets, if it is there already.
+    """
+    trained = trained or dataset_factory(stack, spec)
+    node = stack.tokenizer.data
+    if node is None or not trained(None).provides:
+        return trained
+    component = resolve(
+        stack.registry, "datasets", "tokenizer.data", node, stack.dial, taken=options.DATA_KEYS
+    )
+    return _maker(component, spec)
 
 
 def probe_components(stack: Stack) -> dict[str, Component]:
@@ -81,9 +103,15 @@ def evaluate(run: Path, stack: Stack, limit: int | None = None) -> tuple[list[Re
     """
     if not stack.section("probes"):
         raise StackFault("the stack names no probes; write what to take, such as probes.reconstruction={}")
-    tokenizer = Tokenizer.from_pretrained(run)
+    generator = None
+    if stack.config.get("generator") is not None:
+        from vtp_core.generation import Generator  # which needs this module's neighbours
+
+        generator = Generator.of_stack(stack, run)
+    tokenizer = Tokenizer.from_pretrained(run) if generator is None else generator.tokenizer
     probes = build_probes(stack, tokenizer.spec)
-    return measured(tokenizer, probes, Bench(tokenizer, dataset_factory(stack, tokenizer.spec), limit=limit))
+    bench = Bench(tokenizer, probed_factory(stack, tokenizer.spec), limit=limit)
+    return measured(tokenizer, probes, bench, generator)
 
 
 def measured(
@@ -118,4 +146,4 @@ def bench_of(run: Path, **keys: Any) -> tuple[Tokenizer, Bench]:
         **keys: ``limit``, ``batch_size`` and other keys of :class:`Bench`.
     """
     tokenizer = Tokenizer.from_pretrained(run)
-    return tokenizer, Bench(tokenizer, dataset_factory(tokenizer.stack, tokenizer.spec), **keys)
+    return tokenizer, Bench(tokenizer, probed_factory(tokenizer.stack, tokenizer.spec), **keys)

@@ -215,7 +215,9 @@ class Forwards:
         given = given[: rows // crops]
         if not isinstance(given, Tensor):
             if self.model.embed is None:
-                raise StackFault(f"generator.condition: nothing embeds {name!r}; its tokenizer exports no embed_text")
+                raise StackFault(
+                    f"generator.condition: nothing embeds {name!r}; its tokenizer exports no embed_text"
+                )
             given = self.model.embed(given).to(self.signals.device)  # R texts -> (R, E)
         given = given.repeat_interleave(crops, 0)  # (R, ...) -> (R*K, ...)
         if rate == 0 or node.mode == "eval":

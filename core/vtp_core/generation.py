@@ -13,20 +13,23 @@ from vtp_core import adopting
 from vtp_core.build import Model, blueprint, build, without_training
 from vtp_core.clock import StepClock
 from vtp_core.components import resolve
-from vtp_core.errors import DataFault, StackFault, suggestion
+from vtp_core.conditions import Conditions
+from vtp_core.errors import DataFault, StackFault
 from vtp_core.hooks import manager_of
 from vtp_core.run.names import names_of
 from vtp_core.samplers.field import Field
 from vtp_core.samplers.guidance import Guidance
 from vtp_core.samplers.reuse import Reuse
+from vtp_core.samplers.templates import fitted
 from vtp_core.stack import Stack, load_run_stack
 from vtp_core.state import load_modules
 from vtp_core.tokenizer import Tokenizer, exporters_of, read_run
 from vtp_core.validation import validated
 from vtp_plugins.registry import Registry
 
-_DEFAULT = {"use": "euler", "steps": 50}
+_DEFAULT: dict[str, Any] = {"use": "euler", "steps": 50}
 """The sampler of a stack that names none, for a generator with a path."""
+TEMPLATES = 8  # samples on which the best steps for reuse are found (arXiv 2504.05741)
 
 
 class Generator:
@@ -55,13 +58,20 @@ class Generator:
         weights: str = "student",
     ) -> None:
         self.tokenizer, self.model, self.weights = tokenizer, tokenizer.model, weights
-        self.network = network if network is not None else self.model.generator
+        self.network: Any = network if network is not None else self.model.generator
         if self.network is None:
-            raise StackFault("this run has no generator; train one: vtp train lightningdit-tiny tokenizer.from=RUN")
+            raise StackFault(
+                "this run has no generator; train one: vtp train lightningdit-tiny tokenizer.from=RUN"
+            )
         self.names, self.weak = tuple(names), weak
+        embed = self.model.embed or (
+            tokenizer.embed_text if self.model.spec.condition == "embedding" else None
+        )
+        self.conditions = Conditions(self.spec, self.condition, self.names, embed, tokenizer.device)
         self.relay = manager_of(hooks or {}).hook
         self.sampler = self.model.sampler or _default_sampler(self.model)
         self.evaluations = 0
+        self._reuse: Reuse | None = None
 
     @classmethod
     def from_pretrained(
@@ -79,21 +89,27 @@ class Generator:
             DataFault: nothing loadable is there.
             StackFault: the run has no generator, or not those weights.
         """
-        run = Path(path)
+        return cls.of_stack(load_run_stack(Path(path), Registry(), overrides), Path(path), weights, device)
+
+    @classmethod
+    def of_stack(cls, stack: Stack, run: Path, weights: str | None = None, device: str = "cpu") -> Generator:
+        """The same of a run whose stack is loaded, perhaps with overrides."""
         _, parts = read_run(run)
-        stack = load_run_stack(run, Registry(), overrides)
         names = names_of(run)
         model, exporters = _loaded(stack, parts, names, device)
         kept = "generator.ema" in parts
         weights = weights or ("ema" if kept else "student")
         if weights not in {"ema", "student"} or (weights == "ema" and not kept):
-            raise StackFault(f"weights: this run has {'ema and student' if kept else 'student'}, not {weights!r}")
-        if weights == "ema" and model.generator is not None:
+            raise StackFault(
+                f"weights: this run has {'ema and student' if kept else 'student'}, not {weights!r}"
+            )
+        assert model.generator is not None
+        if weights == "ema":
             average = {k.removeprefix("generator."): v for k, v in parts["generator.ema"].items()}
             model.generator.load_state_dict(average)
+        model.generator.to(device).eval().requires_grad_(False)
         tokenizer = Tokenizer(model, exporters).to(device).eval().requires_grad_(False)
-        if model.generator is not None:
-            model.generator.to(device).eval().requires_grad_(False)
+        tokenizer.stack = stack
         weak = cls.from_pretrained(stack.sampler.weak, device=device).network if stack.sampler.weak else None
         labels = names.get(model.condition or "", ())
         return cls(tokenizer, names=labels, hooks=_hooks(stack, model), weak=weak, weights=weights)
@@ -111,7 +127,9 @@ class Generator:
     def protocol(self) -> str:
         """Everything a number depends on beside the weights and the seed."""
         stack = self.model.stack
-        node = stack.config.get("sampler") or (_DEFAULT if self.model.path is not None else {})
+        node: dict[str, Any] = stack.config.get("sampler") or (
+            _DEFAULT if self.model.path is not None else {}
+        )
         own = {k: v for k, v in node.items() if k not in {"use", "guidance", "reuse", "weak"}}
         said = [str(node.get("use", "")), *(f"{k} {v}" for k, v in own.items())]
         for key in ("guidance", "reuse"):
@@ -119,49 +137,9 @@ class Generator:
                 said.append(f"{key} " + " ".join(f"{k} {v}" for k, v in node[key].items()))
         return ", ".join([*said, f"{self.weights} weights"])
 
-    # ---- conditions
-
     def label(self, name: str | int) -> int:
-        """The index of a label given by name or number.
-
-        Raises:
-            StackFault: there is no such label.
-        """
-        if self.spec.condition != "label":
-            raise StackFault(f"this generator is conditioned on {self.condition or 'nothing'}, not on labels")
-        if str(name) in self.names:
-            return self.names.index(str(name))
-        if str(name).isdigit() and int(name) < self.spec.classes:
-            return int(name)
-        raise StackFault(f"no label {name!r}{suggestion(str(name), self.names)}")
-
-    def _conditions(self, n: int, labels: Any, texts: Sequence[str] | None, seed: int) -> Any:
-        """Labels (n,) or embeddings (n, E) of all samples; without any, labels at random and no text."""
-        kind, device = self.spec.condition, self.tokenizer.device
-        given = labels if labels is not None else texts
-        if given is not None and len(given) != n:
-            raise StackFault(f"{len(given)} conditions for {n} samples")
-        if labels is not None and kind != "label":
-            raise StackFault(f"this generator is conditioned on {self.condition or 'nothing'}, not on labels")
-        if texts is not None and kind != "embedding":
-            raise StackFault(f"this generator is conditioned on {self.condition or 'nothing'}, not on texts")
-        if not kind:
-            return None
-        if kind == "label":
-            if labels is None:
-                draws = StepClock(seed, instance="generate").uniform("labels", n)
-                return (draws * self.spec.classes).long().to(device)
-            return torch.as_tensor(labels, dtype=torch.int64, device=device)
-        if texts is None:
-            return torch.zeros(n, self.spec.condition_width, device=device)
-        embed = self.model.embed or self.tokenizer.embed_text
-        return embed(list(texts)).to(device)
-
-    def _null(self, condition: Tensor) -> Tensor:
-        """The null class, or zeros for an embedding."""
-        if condition.is_floating_point():
-            return torch.zeros_like(condition)
-        return torch.full_like(condition, self.spec.classes)
+        """The index of a label given by name or number; StackFault where there is none."""
+        return self.conditions.label(name)
 
     # ---- sampling
 
@@ -181,7 +159,7 @@ class Generator:
             standardized: give them as the generator makes them.
             first: number of the first sample.
         """
-        condition = self._conditions(n, labels, texts, seed)
+        condition = self.conditions.of(n, labels, texts, seed, first)
         grid, parts = self.spec.grid, []
         self.evaluations, training = 0, self.network.training
         self.network.eval()
@@ -196,9 +174,7 @@ class Generator:
 
     def _call(self, shape: tuple[int, ...], condition: Any, clock: StepClock) -> Tensor:
         """One batch through the hooks; standardised."""
-        subject: Any = self.network
-        if self.sampler.kind == "path":
-            subject = self.field()
+        subject: Any = self.network if self.sampler.kind != "path" else self.fitted(shape)
 
         def call(shape: tuple[int, ...]) -> Tensor:
             made: Tensor = self.sampler(subject, shape, condition, clock)
@@ -215,11 +191,25 @@ class Generator:
         keys = self.model.stack.sampler
         guidance = None if keys.guidance is None else validated(Guidance, "sampler.guidance", keys.guidance)
         reuse = None if keys.reuse is None else validated(Reuse, "sampler.reuse", keys.reuse)
-        null = self._null if self.spec.condition else None
+        null = self.conditions.null if self.spec.condition else None
         try:
-            return Field(self.network, self.model.path, guidance=guidance, null=null, weak=self.weak, reuse=reuse)
+            return Field(
+                self.network, self.model.path, guidance=guidance, null=null, weak=self.weak, reuse=reuse
+            )
         except ValueError as error:
             raise StackFault(f"sampler.{error}") from error
+
+    def fitted(self, shape: tuple[int, ...]) -> Field:
+        """The field of one batch; where the stack reuses states at the best steps, these are found once."""
+        field = self.field()
+        if field.reuse is None or field.reuse.use != "optimal":
+            return field
+        if self._reuse is None:
+            few = (TEMPLATES, *shape[1:])
+            clock = StepClock(instance="templates", device=self.tokenizer.device)
+            conditions = self.conditions.templates(TEMPLATES)
+            self._reuse = fitted(field.reuse, self.sampler, field.reusing(None), few, conditions, clock)
+        return field.reusing(self._reuse)
 
     @torch.no_grad()
     def sample(
@@ -258,7 +248,9 @@ class _Given(StepClock):
 
 def _default_sampler(model: Model) -> Any:
     if model.path is None:
-        raise StackFault("sampler: this generator has no path and the stack names no sampler for it; see vtp list samplers")
+        raise StackFault(
+            "sampler: this generator has no path and the stack names no sampler for it; see vtp list samplers"
+        )
     stack = model.stack
     return resolve(stack.registry, "samplers", "sampler", _DEFAULT, stack.dial).build(model.spec)
 
@@ -268,7 +260,9 @@ def _loaded(
 ) -> tuple[Model, dict[str, Any]]:
     """Tokenizer and generator of a checkpoint, with what travels with the tokenizer."""
     if "generator" not in parts or stack.config.get("generator") is None:
-        raise StackFault("this run has no generator; train one: vtp train lightningdit-tiny tokenizer.from=RUN")
+        raise StackFault(
+            "this run has no generator; train one: vtp train lightningdit-tiny tokenizer.from=RUN"
+        )
     if "statistics" not in parts and "decoder" not in stack.config:
         raise DataFault("the checkpoint has no latent statistics")
     condition = stack.generator.condition
@@ -277,7 +271,9 @@ def _loaded(
     width = 0
     if condition is not None and condition not in names:
         if embed is None:
-            raise DataFault(f"generator.condition: nothing embeds {condition!r}; install the plugin that exports embed_text")
+            raise DataFault(
+                f"generator.condition: nothing embeds {condition!r}; install the plugin that exports embed_text"
+            )
         width = embed([""]).shape[1]
     plans = without_training(blueprint(stack))
     model = build(plans, len(names.get(condition or "label", ())), width)
@@ -288,6 +284,8 @@ def _loaded(
 
 
 def _hooks(stack: Stack, model: Model) -> dict[str, Any]:
-    from vtp_core.training import build_hooks
+    from vtp_core.hooks import build_hooks
 
-    return {name: hook for name, hook in build_hooks(stack, model.spec).items() if hasattr(hook, "vtp_sample")}
+    return {
+        name: hook for name, hook in build_hooks(stack, model.spec).items() if hasattr(hook, "vtp_sample")
+    }

@@ -7,7 +7,9 @@ from typing import Any
 
 import pluggy
 
+from vtp_core.components import resolve
 from vtp_core.errors import PluginFault, suggestion
+from vtp_core.stack import Stack
 from vtp_plugins.hookspecs import Hooks, hookimpl
 
 
@@ -50,3 +52,10 @@ def manager_of(plugins: Mapping[str, Any]) -> pluggy.PluginManager:
         except pluggy.PluginValidationError as error:
             raise PluginFault(f"hooks.{name}: {str(error).splitlines()[-1]}") from error
     return manager
+
+
+def build_hooks(stack: Stack, spec: Any) -> dict[str, Any]:
+    """The stack's hook plugins and trackers, built."""
+    nodes = stack.section("hooks") | {name: {} for name in stack.train.trackers}
+    named = {n: resolve(stack.registry, "hooks", f"hooks.{n}", o, stack.dial) for n, o in nodes.items()}
+    return {name: component.build(spec) for name, component in named.items()}

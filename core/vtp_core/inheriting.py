@@ -15,8 +15,8 @@ _BROUGHT = ("modality", "encoder", "bottleneck", "decoder")
 def inherited(tree: dict[Any, Any], registry: Registry) -> dict[Any, Any]:
     """The tree with the earlier run's modality, encoder, bottleneck and decoder where it writes none.
 
-    ``tokenizer.size`` keeps the dial that those were built with, and ``tokenizer.exports`` the earlier
-    run's objectives that are not trained on, so that what they export travels on.
+    ``tokenizer.size`` keeps the dial that those were built with, ``tokenizer.exports`` the earlier run's
+    objectives that are not trained on, so that what they export travels on, and ``tokenizer.data`` its data.
 
     Raises:
         DataFault: there is no run to start from.
@@ -33,4 +33,7 @@ def inherited(tree: dict[Any, Any], registry: Registry) -> dict[Any, Any]:
     exports = {**(own.get("exports") or {}), **source.section("objectives")}
     kept = {name: options for name, options in exports.items() if name not in (tree.get("objectives") or {})}
     tokenizer.setdefault("exports", kept)
+    seen = own.get("data") or source.config.get("data")
+    if seen is not None:
+        tokenizer.setdefault("data", seen)
     return {**tree, **brought, "tokenizer": tokenizer}

@@ -85,7 +85,12 @@ class Measuring:
         if model.generator is not None:  # which saw the latent as the bottleneck normalises it
             channels = model.spec.channels
             own = digest(module_state(model)["tokenizer"])
-            return {"mean": torch.zeros(channels), "std": torch.ones(channels), "count": torch.tensor(0), "of": own}
+            return {
+                "mean": torch.zeros(channels),
+                "std": torch.ones(channels),
+                "count": torch.tensor(0),
+                "of": own,
+            }
         with self.stopping.resting():
             return latent_statistics(*self._tokenizer())
 
@@ -95,7 +100,9 @@ class Measuring:
         if model.generator is None:
             return None
         hooks = dict(self.engine.plugins.list_name_plugin())
-        kept = {name: hook for name, hook in hooks.items() if hasattr(hook, "vtp_sample") and name != "defaults"}
+        kept = {
+            name: hook for name, hook in hooks.items() if hasattr(hook, "vtp_sample") and name != "defaults"
+        }
         weights = "student" if average is None else "ema"
         return Generator(tokenizer, average, names=self.names, hooks=kept, weights=weights)
 

@@ -149,8 +149,8 @@ class Probe(_Keys):
 class Tokenizer(_Keys):
     """``tokenizer``: the earlier run to start from, and modules that do not train.
 
-    ``size`` and ``exports`` are filled in from the earlier run's stack: the dial of its modules, and its
-    objectives that export something.
+    ``size``, ``exports`` and ``data`` are filled in from the earlier run's stack: the dial of its modules, its
+    objectives that export something, and its data, which probes look at where a run's own has no signals.
     """
 
     from_: str | None = Field(None, alias="from")
@@ -158,6 +158,7 @@ class Tokenizer(_Keys):
     frozen: tuple[str, ...] = ()
     size: str | None = None
     exports: dict[str, dict[str, Any]] = {}
+    data: dict[str, Any] | None = None
 
 
 class Ema(_Keys):

@@ -9,20 +9,20 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from vtp_core import adopting, distributed, evaluation, options
 from vtp_core.attribution import parts_of, translated
 from vtp_core.build import blueprint, build, spec_of
-from vtp_core.components import resolve
 from vtp_core.data.loader import Loader
 from vtp_core.data.steps import Batch
 from vtp_core.describe import plan
+from vtp_core.devices import device_of
 from vtp_core.engine import Engine
-from vtp_core.errors import Fault, StackFault, StorageFault
+from vtp_core.errors import Fault, StorageFault
 from vtp_core.fields import check_fields, hints
 from vtp_core.forwards import Inputs
+from vtp_core.hooks import build_hooks
 from vtp_core.measuring import Measuring
 from vtp_core.run import checkpoint
 from vtp_core.run.directory import RunDirectory
@@ -90,7 +90,13 @@ class Training:
         self.stopping = Stopping()
         names = dataset.names.get(self.model.condition or "", ())
         self.measuring = Measuring(
-            self.engine, self.probes, self.make_dataset, self.readings, self.stopping, exporters, names
+            self.engine,
+            self.probes,
+            evaluation.probed_factory(stack, self.model.spec, self.make_dataset),
+            self.readings,
+            self.stopping,
+            exporters,
+            names,
         )
         self.inside = 0  # the step in progress; between steps 0, and what is in memory may be saved
         self.report: Path | None = None
@@ -294,25 +300,3 @@ class Training:
         pages = self.engine.plugins.hook.vtp_finish(run=self.directory.path)
         self.report = next((page for page in pages if page is not None), None)
         self.directory.mark("finished", seconds=round(time.perf_counter() - self.began, 1))
-
-
-def device_of(name: str) -> torch.device:
-    """``auto`` is cuda where there is one."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise StackFault(
-            f"train.device: {str(error).splitlines()[0]}; train.device=auto finds one"
-        ) from error
-    if device.type == "meta":
-        raise StackFault("train.device: on 'meta' nothing is computed; train.device=auto finds a device")
-    return torch.device(name)
-
-
-def build_hooks(stack: Stack, spec: Any) -> dict[str, Any]:
-    """The stack's hook plugins and trackers, built."""
-    nodes = stack.section("hooks") | {name: {} for name in stack.train.trackers}
-    named = {n: resolve(stack.registry, "hooks", f"hooks.{n}", o, stack.dial) for n, o in nodes.items()}
-    return {name: component.build(spec) for name, component in named.items()}

@@ -66,9 +66,7 @@ def store(folder: Path, encoding: Encoding, signals: Tensor) -> Path:
     found = []
     for number, rows in enumerate(torch.arange(SAMPLES).split(16)):
         tensors = encoding(signals[rows], rows.tolist(), [None] * len(rows))
-        shards.publish(
-            folder / f"latents-{number:05d}.safetensors", {**tensors, "labels": rows % 3}, {"key": "x"}
-        )
+        shards.publish(folder / f"latents-{number:05d}.safetensors", {**tensors, "labels": rows % 3}, "x")
         found.append(shards.entry(folder / f"latents-{number:05d}.safetensors"))
     statistics = {"mean": torch.arange(4.0), "std": torch.full((4,), 2.0)}
     provides = {"latent": "latents"}

@@ -12,6 +12,7 @@ from closed_form import Given, Noisy, Normal, Split, Straight, null
 from torch import Tensor
 
 from vtp_core.clock import StepClock
+from vtp_core.samplers.ddpm import DDIM, DDPM
 from vtp_core.samplers.field import Field
 from vtp_core.samplers.guidance import Guidance
 from vtp_core.samplers.levels import Levels
@@ -205,6 +206,15 @@ def test_a_path_without_velocities_is_refused_early(kind: Any) -> None:
         kind(Spec(path=Noisy()))
     with pytest.raises(ValueError, match="follows velocities"):
         kind(SPEC)(Field(Normal(), Noisy()), SHAPE, LABELS, CLOCK)
+
+
+@pytest.mark.parametrize("kind", [DDPM, DDIM])
+def test_a_continuous_path_is_refused_where_a_chain_is_stepped(kind: Any) -> None:
+    assert kind.kind == "path" and kind(SPEC)
+    with pytest.raises(ValueError, match=r"discrete path; take generator.path.use: ddpm"):
+        kind(Spec(path=Straight()))
+    with pytest.raises(ValueError, match="discrete path"):
+        kind(SPEC)(Field(Normal(), Straight()), SHAPE, LABELS, CLOCK)
 
 
 def test_a_missing_torchdiffeq_says_what_brings_it(monkeypatch: pytest.MonkeyPatch) -> None:

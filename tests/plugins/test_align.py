@@ -53,7 +53,7 @@ def x_and_y(n: int = 16, m: int = 16) -> tuple[Tensor, Tensor]:
     [
         {"on": "hidden:2", "projector": "mlp3", "hidden": 8, "distance": "neg_cosine"},
         {"on": "hidden:2", "projector": "conv3x3", "normalise": "spatial"},
-        {"on": "latent", "projector": "linear", "terms": {"mcos": Term(margin=0.5), "mdms": Term(scope="pairs", distance="l1")}},
+        {"on": "latent", "projector": "linear", "terms": {"a": Term(), "b": Term(scope="pairs", distance="l1")}},
         {"on": "latent", "scope": "pairs", "distance": "mse"},
         {"on": "latent", "scope": "batch", "distance": "smooth_l1"},
         {"on": "latent", "projector": "conv_mish", "hidden": 8, "side": "teacher"},

@@ -38,9 +38,10 @@ def losses(objective: Align, x: Tensor, y: Tensor, grid: tuple[int, ...] = ()) -
 
 def aligned(width: int, teacher: int, **options: Any) -> Align:
     axes = options.pop("axes", 2)
+    generator = width if str(options.get("on", "")).startswith("hidden") else 0
     spec = Spec(
-        modality="image" if axes == 2 else "audio", size=(32,) * axes, patch=(8,) * axes, width=width, channels=width, teachers=(("t", teacher),),
-        generator_width=width if str(options.get("on", "")).startswith("hidden") else 0,
+        modality="image" if axes == 2 else "audio", size=(32,) * axes, patch=(8,) * axes, width=width,
+        channels=width, teachers=(("t", teacher),), generator_width=generator,
     )  # fmt: skip
     return Align(spec, to="t", **options)
 

@@ -101,11 +101,19 @@ class ToyGenerator:
         return z.mean((1, 2, 3), keepdim=True).sigmoid().expand(-1, 3, 16, 16)
 
     def sample(
-        self, n: int = 16, labels: Any = None, texts: Any = None, seed: int = 0, batch: int = 64
+        self,
+        n: int = 16,
+        labels: Any = None,
+        texts: Any = None,
+        seed: int = 0,
+        batch: int = 64,
+        first: int = 0,
     ) -> Tensor:
         self.asked: list[dict[str, Any]]
-        self.asked.append({"n": n, "labels": labels, "texts": texts, "seed": seed, "batch": batch})
-        return noise(n, seed + 1) * self.dark
+        self.asked.append(
+            {"n": n, "labels": labels, "texts": texts, "seed": seed, "batch": batch, "first": first}
+        )
+        return noise(first + n, seed + 1)[first:] * self.dark
 
 
 def taken(probe: Any, generator: Any, bench: Any = None) -> tuple[dict[str, Reading], list[str]]:
@@ -115,7 +123,7 @@ def taken(probe: Any, generator: Any, bench: Any = None) -> tuple[dict[str, Read
 
 def test_numbers_stand_beside_floor_reconstructions_and_noise(lite0: Path) -> None:
     generator = ToyGenerator()
-    found, left_out = taken(Generation(SPEC, n=32, seed=3), generator)
+    found, left_out = taken(Generation(SPEC, size=32, n=32, seed=3), generator)
     assert left_out == []
     assert list(found) == [
         "generation/fd_lite0",
@@ -131,15 +139,17 @@ def test_numbers_stand_beside_floor_reconstructions_and_noise(lite0: Path) -> No
     assert value["fd_lite0/reconstructions"] < value["fd_lite0"] < value["fd_lite0/noise"]
     assert found["generation/fd_lite0"].n == 32
     assert found["generation/fd_lite0/floor"].n == 16
-    assert generator.asked == [{"n": 32, "labels": [0, 1] * 16, "texts": None, "seed": 3, "batch": 64}]
-    again, _ = taken(Generation(SPEC, n=32, seed=3), ToyGenerator())
+    assert generator.asked == [
+        {"n": 32, "labels": [0, 1] * 16, "texts": None, "seed": 3, "batch": 64, "first": 0}
+    ]
+    again, _ = taken(Generation(SPEC, size=32, n=32, seed=3), ToyGenerator())
     assert again == found
 
 
 def test_a_protocol_says_all_that_a_number_depends_on(lite0: Path) -> None:
     found, _ = taken(Generation(SPEC, n=32, metrics=("fd",), rounding="truncate"), ToyGenerator())
     assert found["generation/fd_lite0"].protocol == (
-        "32 samples against 32 images of train, reference 0123456789ab | labels balanced, 16 of each of 2 | "
+        "32 samples against 32 images of train, reference 0123456789ab | label balanced, 16 of each of 2 | "
         "euler 4 steps, weights ema | seed 0 | 16x16 px, uint8 truncate | "
         "EfficientNet-Lite0 block10 112-d at 96 px, torch-fidelity"
     )
@@ -147,7 +157,7 @@ def test_a_protocol_says_all_that_a_number_depends_on(lite0: Path) -> None:
 
 
 def test_a_worse_generator_is_further_away(lite0: Path) -> None:
-    options: dict[str, Any] = {"n": 40, "metrics": ("fd", "kid"), "beside": ()}
+    options: dict[str, Any] = {"n": 40, "size": 32, "metrics": ("fd", "kid"), "beside": ()}
     found = [taken(Generation(SPEC, **options), ToyGenerator(dark))[0] for dark in (1.0, 0.7, 0.3)]
     for name in ("generation/fd_lite0", "generation/kid_lite0"):
         values = [readings[name].value for readings in found]
@@ -156,35 +166,56 @@ def test_a_worse_generator_is_further_away(lite0: Path) -> None:
 
 def test_fewer_real_images_make_fewer_samples_with_a_note(lite0: Path) -> None:
     generator = ToyGenerator()
-    found, left_out = taken(Generation(SPEC, n=500, metrics=("fd",), beside=()), generator, ToyBench(24))
+    found, left_out = taken(
+        Generation(SPEC, size=32, n=500, metrics=("fd",), beside=()), generator, ToyBench(24)
+    )
     assert found["generation/fd_lite0"].n == generator.asked[0]["n"] == 24
     assert left_out == ["probes.generation: 24 samples, since train has no more images"]
 
 
 def test_real_images_are_read_once_a_run(lite0: Path) -> None:
-    probe, bench = Generation(SPEC, n=32, metrics=("fd",), beside=()), ToyBench()
+    probe, bench = Generation(SPEC, size=32, n=32, metrics=("fd",), beside=()), ToyBench()
     first, second = (taken(probe, ToyGenerator(), bench)[0] for _ in range(2))
     assert first == second
     assert bench.reads == 1
 
 
-def test_many_samples_come_in_chunks_of_their_own_seeds(lite0: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_chunks_of_samples_are_those_of_one_call(lite0: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options: dict[str, Any] = {"n": 40, "size": 32, "seed": 5, "metrics": ("fd",), "beside": ()}
+    whole, _ = taken(Generation(SPEC, **options), ToyGenerator())
     monkeypatch.setattr(module, "CHUNK", 16)
     generator = ToyGenerator()
-    taken(Generation(SPEC, n=40, seed=5, metrics=("fd",), beside=()), generator)
-    assert [(call["n"], call["seed"]) for call in generator.asked] == [(16, 5), (16, 6), (8, 7)]
+    parts, _ = taken(Generation(SPEC, **options), generator)
+    assert [(call["n"], call["first"], call["seed"]) for call in generator.asked] == [
+        (16, 0, 5),
+        (16, 16, 5),
+        (8, 32, 5),
+    ]
     assert [label for call in generator.asked for label in call["labels"]] == [0, 1] * 20
+    assert parts["generation/fd_lite0"].value == pytest.approx(whole["generation/fd_lite0"].value, rel=1e-5)
+
+
+def test_a_tokenizer_without_statistics_leaves_out_the_noise_alone(lite0: Path) -> None:
+    def none_yet(z: Tensor, standardized: bool = False) -> Tensor:
+        raise DataFault("the tokenizer has no latent statistics yet")
+
+    generator = ToyGenerator()
+    generator.tokenizer.decode = none_yet
+    found, left_out = taken(Generation(SPEC, size=32, n=16, metrics=("fd",)), generator)
+    assert "generation/fd_lite0/noise" not in found
+    assert len(found) == 3
+    assert left_out == ["probes.generation: noise left out: the tokenizer has no latent statistics yet"]
 
 
 @pytest.mark.parametrize("broken", [float("nan"), float("inf")])
 def test_broken_samples_leave_it_out_with_one_line(lite0: Path, broken: float) -> None:
-    found, left_out = taken(Generation(SPEC, n=32), ToyGenerator(broken))
+    found, left_out = taken(Generation(SPEC, size=32, n=32), ToyGenerator(broken))
     assert found == {}
     assert left_out == ["probes.generation left out: some pixels are not finite"]
 
 
 def test_too_few_samples_for_one_metric_leave_that_one_out(lite0: Path) -> None:
-    found, left_out = taken(Generation(SPEC, n=8, metrics=("fd", "is"), beside=()), ToyGenerator())
+    found, left_out = taken(Generation(SPEC, size=32, n=8, metrics=("fd", "is"), beside=()), ToyGenerator())
     assert list(found) == ["generation/fd_lite0"]
     assert left_out == ["probes.generation: is left out: 8 samples are too few; this metric needs 10 a side"]
 
@@ -208,7 +239,7 @@ def test_missing_weights_leave_it_out_with_the_command(
 def test_labels_are_balanced_random_or_the_datas() -> None:
     toy, data = ToyGenerator(), Data()
     odd = conditions(toy, data, "train", 5, None, 0)
-    assert (odd.words, odd.labels) == ("labels balanced, 2 or 3 of each of 2", [0, 1, 0, 1, 0])
+    assert (odd.words, odd.labels) == ("label balanced, 2 or 3 of each of 2", [0, 1, 0, 1, 0])
     random = conditions(toy, data, "train", 400, "random", 0).labels
     assert random == conditions(toy, data, "train", 400, "random", 0).labels
     assert random != conditions(toy, data, "train", 400, "random", 1).labels
@@ -222,13 +253,13 @@ def test_labels_are_balanced_random_or_the_datas() -> None:
 
 def test_captions_and_nothing_are_conditions_too() -> None:
     toy, data = ToyGenerator(), Data()
-    toy.condition = "text"
+    toy.condition, toy.names = "text", ()
     found = conditions(toy, data, "train", 6, None, 0)
     assert found.labels is None
     assert found.texts is not None
     assert len(set(found.texts)) == 6
     assert found.part(2, 4) == {"labels": None, "texts": found.texts[2:4]}
-    with pytest.raises(LeftOut, match="takes captions"):
+    with pytest.raises(LeftOut, match="takes text, labels=data"):
         conditions(toy, data, "train", 6, "balanced", 0)
     data.fields = frozenset({"image"})  # type: ignore[misc]
     with pytest.raises(LeftOut, match="no text"):

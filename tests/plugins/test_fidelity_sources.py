@@ -15,7 +15,7 @@ from torch import Tensor
 
 from vtp_core import weights
 from vtp_core.errors import DataFault, StackFault, StorageFault
-from vtp_fidelity import measure, save_npz
+from vtp_fidelity import measure, measuring, save_npz
 from vtp_fidelity.__main__ import main
 from vtp_fidelity.networks import InceptionNetwork
 from vtp_fidelity.npz import Npz
@@ -189,34 +189,60 @@ def test_inception_without_its_weights_says_where_to_get_them(
     )
 
 
-@pytest.fixture
-def random_inception(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Weights of the right shapes, drawn at random."""
+def test_inceptions_weights_are_read_as_tensors_into_torch_fidelitys_network(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     theirs = pytest.importorskip("torch_fidelity.feature_extractor_inceptionv3")
     network = theirs.FeatureExtractorInceptionV3
-    monkeypatch.setattr(theirs, "load_state_dict_from_url", lambda *_, **__: {})
-    load = network.load_state_dict
-    monkeypatch.setattr(network, "load_state_dict", lambda *_: None)
-    state = network("any", ["2048"], verbose=False).state_dict()
-    monkeypatch.setattr(network, "load_state_dict", load)
+    with monkeypatch.context() as at_random:  # weights of the right shapes, drawn at random
+        at_random.setattr(theirs, "load_state_dict_from_url", lambda *_, **__: {})
+        at_random.setattr(network, "load_state_dict", lambda *_: None)
+        state = network("any", ["2048"], verbose=False).state_dict()
     torch.save(state, tmp_path / "inception.pth")
     monkeypatch.setattr(weights, "path", lambda _: tmp_path / "inception.pth")
-    return tmp_path
-
-
-def test_only_inceptions_numbers_are_called_fid(random_inception: Path) -> None:
-    samples, reference = pictures(3), random_inception / "reference.npz"
-    pool, logits = InceptionNetwork()(samples, logits=True)
-    assert pool.shape == (3, 2048)
+    ours = InceptionNetwork()
+    pool, logits = ours(pictures(1), logits=True)
     assert logits is not None
-    assert logits.shape == (3, 1008)
-    mu, sigma = pool.double().mean(0), torch.cov(pool.double().T)
-    np.savez(reference, mu=mu.numpy(), sigma=sigma.numpy())
-    (fid,), notes = measure(samples, reference, features="inception", metrics=["fd"])
-    assert fid.probe == "fid"
-    assert fid.value < 1e-3
-    assert "against the statistics of reference" in fid.protocol
+    assert (pool.shape, logits.shape) == ((1, 2048), (1, 1008))
+    torch.testing.assert_close(logits, pool @ state["fc.weight"].T)  # no bias
+    assert not any(p.requires_grad for p in ours.network.parameters())
+
+
+class Means:
+    """Channel means under Inception's names."""
+
+    names = InceptionNetwork.names
+    described, scorer = "a toy", "a toy"
+
+    def __call__(self, images: Tensor, logits: bool = False) -> tuple[Tensor, Tensor | None]:
+        found = images.float().mean((2, 3))
+        return found, found if logits else None
+
+
+def test_inceptions_numbers_are_fid_and_an_npz_of_statistics_is_a_reference(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(measuring, "network", lambda *_: Means())
+    samples = pictures(30)
+    found, _ = measure(samples, pictures(30, seed=1), features="inception")
+    assert [r.probe for r in found] == ["fid", "kid", "inception_score", "precision", "recall"]
+    points = Means()(samples)[0].double()
+    mu, sigma = points.mean(0).numpy(), torch.cov(points.T).numpy()
+    np.savez(tmp_path / "statistics.npz", mu=mu, sigma=sigma)
+    found, notes = measure(samples, tmp_path / "statistics.npz", features="inception")
+    assert [r.probe for r in found] == ["fid", "inception_score"]
+    assert found[0].value < 1e-3
+    assert "30 samples against the statistics of reference" in found[0].protocol
     assert "2048 dimensions" in notes[0]
+    images = pictures(20, seed=2).permute(0, 2, 3, 1).numpy()
+    np.savez(tmp_path / "adm.npz", images, mu=mu, sigma=sigma)  # as ADM's references are
+    found, notes = measure(samples, tmp_path / "adm.npz", features="inception", metrics=["fd", "pr"])
+    assert found[0].value < 1e-3
+    assert "against 20 of reference" in found[1].protocol
+    assert "30 samples against 20" in notes[0]
+    np.savez(tmp_path / "other.npz", mu=np.zeros(8), sigma=np.eye(8))
+    with pytest.raises(DataFault, match="8 dimensions"):
+        measure(samples, tmp_path / "other.npz", features="inception", metrics=["fd"])
 
 
 def test_the_command_prints_rows_and_ends_faults_with_their_codes(

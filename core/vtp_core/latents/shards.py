@@ -21,13 +21,19 @@ def number_tensor(field_name: str) -> str:
     return "labels" if field_name == "label" else f"fields/{field_name}"
 
 
-def publish(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    """Write a file under another name, then rename it: it is whole or absent."""
+def publish(path: Path, tensors: dict[str, Tensor], key: str) -> None:
+    """Write a shard under another name, then rename it: it is whole or absent.
+
+    Args:
+        path: of the shard.
+        tensors: by name.
+        key: of the protocol; its only metadata, as safetensors writes several in no fixed order.
+    """
     handle, name = tempfile.mkstemp(prefix=f"{PARTIAL}{path.name}-", dir=path.parent)
     os.close(handle)
     temporary = Path(name)
     try:
-        save_file(tensors, temporary, metadata)
+        save_file(tensors, temporary, {"key": key})
         temporary.chmod(path.parent.stat().st_mode & 0o666)
         with temporary.open("rb") as file:
             os.fsync(file.fileno())

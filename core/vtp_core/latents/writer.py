@@ -254,7 +254,7 @@ class _Writer:
             return
         tensors = {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
         try:
-            shards.publish(path, tensors, {"format": "pt", "key": self.key})
+            shards.publish(path, tensors, self.key)
         except (OSError, SafetensorError) as error:
             raise StorageFault(
                 f"{path} could not be written: {reason(error)}; the same command goes on from there"

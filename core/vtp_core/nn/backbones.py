@@ -43,6 +43,7 @@ class Backbone(nn.Module):
         self.network = network.eval().requires_grad_(False)
         self.taps, self.side = tuple(taps), side
         self.widths = tuple(widths[tap - 1] for tap in taps)
+        self.eval()
 
     def train(self, mode: bool = True) -> Backbone:
         """Stays in eval mode."""

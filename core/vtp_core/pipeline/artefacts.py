@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from vtp_core.errors import DataFault, StorageFault
 from vtp_core.run import manifest
 from vtp_core.run.files import open_plain, reason
+from vtp_plugins.registry import Registry
 
 FORMAT = 1
 
@@ -48,6 +49,26 @@ def run_artefact(run: Path) -> str:
     for name, entry in entries.items():
         manifest.check(newest / name, entry, True)
     return digest({entry["part"]: entry["sha256"] for entry in entries.values() if "part" in entry})
+
+
+def code_of(tree: Any, registry: Registry) -> dict[str, str]:
+    """Hashes of the single-file plugins that a stage names: their authors change them between two runs."""
+    words = set(_words(tree))
+    named = [entry for entry in registry.entries() if entry.loaded is not None and entry.name in words]
+    files = {Path(entry.target.rpartition(":")[0]) for entry in named}
+    return {f"plugin {path.name}": hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(files)}
+
+
+def _words(tree: Any) -> Iterator[str]:
+    """Every string of a tree, keys included."""
+    if isinstance(tree, Mapping):
+        yield from map(str, tree)
+        tree = list(tree.values())
+    if isinstance(tree, list):
+        for node in tree:
+            yield from _words(node)
+    elif isinstance(tree, str):
+        yield tree
 
 
 def run_hash(run: Path) -> str | None:

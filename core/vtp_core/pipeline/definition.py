@@ -41,7 +41,7 @@ class Node(BaseModel):
     tokenizer: str | None = None
     data: str | None = None
     changes: Annotated[list[str], BeforeValidator(_items)] = Field([], alias="with")
-    name: str | None = None  # of a stack that is written out
+    name: str | None = Field(None, pattern=r"^[^/]{1,200}$")  # of a stack that is written out
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +49,7 @@ class Definition:
     """A pipeline as written, with overrides dealt to its stages.
 
     Attributes:
-        name: of the file, without its suffix.
+        name: of the file, without its suffix and what a directory's name had better not have.
         folder: the pipeline directory that ``run.dir`` asks for.
         beside: where a stage's relative path may lie besides the working directory.
         stages: by name, in order.
@@ -81,7 +81,8 @@ def read_pipeline(source: str | Path, overrides: Iterable[str], registry: Regist
     stages = {n: s.model_copy(update={"changes": [*s.changes, *dealt[n]]}) for n, s in stages.items()}
     _check_references(stages)
     where = _directory([*_items(tree.get("run") or {}), *own])
-    return Definition(str(tree.get("name") or path.stem), where, path.parent, stages)
+    label = re.sub(r"[^A-Za-z0-9._-]+", "-", str(tree.get("name") or path.stem)).strip(".-")
+    return Definition(label or "pipeline", where, path.parent, stages)
 
 
 def _check_keys(source: str | Path, tree: Mapping[Any, Any]) -> None:

@@ -125,6 +125,10 @@ class PipelineDirectory:
         """What became of each stage that was begun."""
         return {name: Done(**entry) for name, entry in self.record()["stages"].items()}
 
+    def places(self) -> dict[str, Path]:
+        """The directory of each stage that was begun, in order."""
+        return {name: self.folder(done) for name, done in self.stages().items()}
+
     def put(self, stage: str, done: Done) -> None:
         """Record what became of a stage; what another key had left stays known."""
         record = self.record()

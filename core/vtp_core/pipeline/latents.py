@@ -6,18 +6,23 @@ import inspect
 import re
 import typing
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
+from omegaconf import OmegaConf
 
 from vtp_core.errors import StackFault
+from vtp_core.overrides import merged
 from vtp_core.pipeline import artefacts
 from vtp_core.pipeline.definition import Node
-from vtp_core.pipeline.stages import Places
+from vtp_core.pipeline.stages import Places, StackStage, Stage
 from vtp_core.validation import validated
 from vtp_plugins.registry import Registry
+
+if TYPE_CHECKING:
+    from vtp_plugins.protocols import Dataset
 
 _GIVEN = frozenset({"run", "out", "overrides", "registry", "note"})
 """Arguments of the writer that the pipeline gives; the others are the stage's options."""
@@ -74,7 +79,8 @@ class LatentsStage:
         return {"latents": dict(self.options), "with": list(self.changes)}
 
     def outside(self) -> dict[str, str]:
-        return {}
+        written = [part for item in self.changes for part in re.split(r"[^A-Za-z0-9_-]+", item)]
+        return artefacts.code_of(written, self.registry)
 
     def fingerprint(self, places: Places) -> str | None:
         from vtp_core.build import blueprint, spec_of
@@ -86,7 +92,7 @@ class LatentsStage:
         dataset = dataset_factory(stack, spec_of(blueprint(stack)))(self.options.get("split"))
         return artefacts.digest([component.name, component.options, dataset.fingerprint()])
 
-    def check(self) -> None:
+    def check(self, stages: Mapping[str, Stage]) -> None:
         import pydantic
 
         from vtp_core.latents.writer import write_latents
@@ -99,6 +105,21 @@ class LatentsStage:
         }
         config = pydantic.ConfigDict(extra="forbid")
         validated(pydantic.create_model("Latents", __config__=config, **options), "latents", self.options)
+        self.promised(stages)  # its data is there
+
+    def promised(self, stages: Mapping[str, Stage]) -> Dataset | None:
+        from vtp_core.build import blueprint, spec_of
+        from vtp_core.evaluation import dataset_factory
+        from vtp_core.pipeline.promised import PromisedLatents
+
+        if self.options.get("teacher"):
+            return None  # what a teacher gives is known when it is built
+        source = stages[self.reads["tokenizer"]]
+        assert isinstance(source, StackStage)
+        config = merged(OmegaConf.create(source.stack.config), self.changes)
+        spec = spec_of(blueprint(source.stack))
+        dataset = dataset_factory(replace(source.stack, config=config), spec)(self.options.get("split"))
+        return PromisedLatents(dataset, spec, bool(self.options.get("images")))
 
     def fits(self, folder: Path) -> bool:
         return True

@@ -73,7 +73,7 @@ def load_pipeline(
         for name, node in definition.stages.items():
             stages[name] = _named(name, lambda node=node, name=name: plans.stage(name, node))
         for name, stage in stages.items():
-            _named(name, stage.check)
+            _named(name, lambda stage=stage: stage.check(stages))
     return Pipeline(definition.name, definition.folder, tuple(stages.values()), registry)
 
 

@@ -5,13 +5,16 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from vtp_core.errors import DataFault
 from vtp_core.pipeline import artefacts
 from vtp_core.run.directory import RunDirectory
 from vtp_core.run.environment import masked
 from vtp_core.stack import Stack
+
+if TYPE_CHECKING:
+    from vtp_plugins.protocols import Dataset
 
 PLACES = {"tokenizer": "from", "data": "path"}
 """Role -> key of the stack that holds the directory."""
@@ -45,15 +48,19 @@ class Stage(Protocol):
         ...
 
     def outside(self) -> dict[str, str]:
-        """Hashes of what it reads that no stage of the pipeline made, by role."""
+        """Hashes of what decides it that is neither in the stack nor made by a stage: by role, or by plugin."""
         ...
 
     def fingerprint(self, places: Places) -> str | None:
         """Of the dataset that it reads itself."""
         ...
 
-    def check(self) -> None:
+    def check(self, stages: Mapping[str, Stage]) -> None:
         """Everything that can be checked before an earlier stage has run."""
+        ...
+
+    def promised(self, stages: Mapping[str, Stage]) -> Dataset | None:
+        """What a later stage will read as its data, as far as it is known before; None where it is not."""
         ...
 
     def fits(self, folder: Path) -> bool:
@@ -110,7 +117,8 @@ class StackStage:
     def outside(self) -> dict[str, str]:
         source = (self.stack.config.get("tokenizer") or {}).get("from")
         found = artefacts.run_hash(Path(source)) if source and "tokenizer" not in self.reads else None
-        return {} if found is None else {"tokenizer": found}
+        code = artefacts.code_of(self._tree(), self.stack.registry)
+        return code if found is None else {**code, "tokenizer": found}
 
     def placed(self, places: Places, folder: Path | None = None) -> Stack:
         """The stack with the directories of what it reads, and its own."""
@@ -130,13 +138,21 @@ class StackStage:
         stack = self.placed(places)
         return dataset_factory(stack, spec_of(blueprint(stack)))(None).fingerprint()
 
-    def check(self) -> None:
+    def check(self, stages: Mapping[str, Stage]) -> None:
+        from vtp_core.build import blueprint
         from vtp_core.describe import plan
         from vtp_core.evaluation import dataset_component, probe_components
 
         dataset_component(self.stack)
         probe_components(self.stack)
-        plan(self.stack)
+        promised = stages[self.reads["data"]].promised(stages) if "data" in self.reads else None
+        if "data" in self.reads and promised is None:
+            blueprint(self.stack)
+        else:
+            plan(self.stack, dataset=promised)
+
+    def promised(self, stages: Mapping[str, Stage]) -> Dataset | None:
+        return None
 
     def fits(self, folder: Path) -> bool:
         from vtp_core.run import checkpoint

@@ -60,7 +60,7 @@ class OpenCLIP(Frozen):
         if name not in known:  # a name like hf-hub:... would be downloaded
             raise ValueError(f"name: open_clip has no model {name!r}{suggestion(name, known)}")
         file = file_of("open_clip", name, weights, allow_random)
-        patch = int(open_clip.get_model_config(name)["vision_cfg"].get("patch_size", 0))
+        patch = int(open_clip.get_model_config(name)["vision_cfg"].get("patch_size") or 0)
         if not patch:
             raise ValueError(f"name: {name!r} has no ViT of open_clip's own; use the timm teacher")
         check_size(size, patch)

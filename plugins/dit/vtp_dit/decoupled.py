@@ -8,8 +8,8 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from vtp_dit.network import Network, activated
-from vtp_dit.stream import Stream
 from vtp_dit.plain import Count, Positive
+from vtp_dit.stream import Stream
 from vtp_dit.switches import (
     DIAL,
     HeadNorm,

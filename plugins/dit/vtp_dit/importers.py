@@ -77,7 +77,7 @@ class Family:
         Raises:
             ValueError: a tensor is unknown or missing.
         """
-        spec = self.specshape_in(tensors, options)
+        spec = self.spec_of(tensors, options)
         parts = layouts.parts(self.layout, options, spec.channels, spec.classes)
         names = {name for part in parts for name in part.ours}
         _refuse({name: tensors[name].shape for name in tensors.keys() - names}, "unknown")

@@ -164,6 +164,11 @@ def _ratio(width: int, hidden: int, gelu: bool) -> float:
 
 
 def shape_in(tensors: Mapping[str, Tensor], name: str) -> torch.Size:
+    """Shape of a tensor that must be there.
+
+    Raises:
+        ValueError: it is missing.
+    """
     if name not in tensors:
         raise ValueError(f"{name} is missing: these are not such weights, or not those of the network alone")
     return tensors[name].shape

@@ -37,7 +37,7 @@ def conditions(
     """Conditions of n samples of a generator.
 
     Args:
-        generator: tells by ``condition`` what it takes, and by ``names`` its labels.
+        generator: tells by ``condition`` which field it takes, and by ``names`` its classes; text has none.
         dataset: of the split, for ``data`` and for captions.
         split: its name.
         n: how many.
@@ -47,20 +47,21 @@ def conditions(
     Raises:
         LeftOut: the law doesn't fit the generator or the data.
     """
-    if generator.condition is None:
+    field = generator.condition
+    if field is None:
         return Conditions("no condition")
-    if generator.condition == "text":
+    if not generator.names:
         if law not in (None, "data"):
-            raise LeftOut(f"labels={law} is for generators of labels; this one takes captions, labels=data")
-        return Conditions(f"captions of random samples of {split}", texts=_drawn(dataset, "text", n, seed))
+            raise LeftOut(f"labels={law} is for generators of labels; this one takes {field}, labels=data")
+        return Conditions(f"{field} of random samples of {split}", texts=_drawn(dataset, field, n, seed))
     classes = len(generator.names)
     if law == "data":
-        return Conditions(f"labels of random samples of {split}", _drawn(dataset, "label", n, seed))
+        return Conditions(f"{field} of random samples of {split}", _drawn(dataset, field, n, seed))
     if law == "random":
         labels = torch.randint(classes, (n,), generator=torch.Generator().manual_seed(seed))
-        return Conditions(f"labels random of {classes}", labels.tolist())
+        return Conditions(f"{field} random of {classes}", labels.tolist())
     each = f"{n // classes}" if n % classes == 0 else f"{n // classes} or {n // classes + 1}"
-    return Conditions(f"labels balanced, {each} of each of {classes}", [i % classes for i in range(n)])
+    return Conditions(f"{field} balanced, {each} of each of {classes}", [i % classes for i in range(n)])
 
 
 def _drawn(dataset: Dataset, field: str, n: int, seed: int) -> list[Any]:

@@ -50,10 +50,12 @@ def distance(a: Gaussian, b: Gaussian) -> float:
     """Fréchet distance of two Gaussians: |mu_a - mu_b|^2 + tr(A + B - 2 (A B)^1/2); never negative.
 
     Raises:
-        ArithmeticError: two formulas disagree, which a faulty BLAS makes of right statistics.
+        ArithmeticError: dimensions differ, or two formulas disagree, which a faulty BLAS makes of right statistics.
     """
     from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_statistics_to_metric
 
+    if a.sigma.shape != b.sigma.shape or b.sigma.shape != (a.mu.size, b.mu.size):
+        raise ArithmeticError(f"statistics of {a.mu.size} and {b.mu.size} dimensions don't compare")
     one, two = ({"mu": g.mu, "sigma": g.sigma} for g in (a, b))
     theirs = float(fid_statistics_to_metric(one, two, verbose=False)[KEY_METRIC_FID])
     own = symmetric(a, b)

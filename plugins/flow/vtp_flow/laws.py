@@ -107,7 +107,7 @@ def levels(
         law: where ``laws`` is empty.
         laws: a schedule.
         within: of the law.
-        shift: a factor, or ``from_latent``: sqrt(C h w / base) (arXiv 2510.11690, section 4).
+        shift: a factor, or ``from_latent``: sqrt(C h w / base) (RAE, arXiv 2510.11690).
         base: entries of a latent whose shift is 1.
     """
     if isinstance(shift, str):

@@ -27,7 +27,7 @@ class Flow(Objective):
     Args:
         spec: shapes, and the path.
         mse: weight of the mean squared error; of a score, that of sigma times the score (SiT).
-        cosine: weight of 1 - the cosine of velocities over channels (LightningDiT, arXiv 2501.01423, eq. 6).
+        cosine: weight of 1 - the cosine of velocities over channels (LightningDiT, arXiv 2501.01423).
         vlb: weight of the variational bound in bits, which trains the learned variance alone (DiT).
         weighting: of the squared error by noise level; see ``vtp_flow.weighting``.
         snr_bound: of ``min_snr``, ``snr_at_least`` and ``snr_at_most``.

@@ -26,7 +26,7 @@ AS_IS = {
 def weights(kind: Weighting, at: Coefficients, predicts: str, bound: float) -> Tensor:
     """What the squared error of a prediction is multiplied by at each level, shaped as the coefficients.
 
-    ``velocity``, ``likelihood`` (SiT, arXiv 2401.08740, section 3) and ``min_snr`` (arXiv 2303.09556, eq. 6)
+    ``velocity``, ``likelihood`` (SiT, arXiv 2401.08740) and ``min_snr`` (arXiv 2303.09556)
     are weights of the noise's error, whatever is predicted: the prediction's error is carried over to it. So
     ``velocity`` is the velocity's own squared error. The rest multiply the error as it is (DDT's options).
 
