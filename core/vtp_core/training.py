@@ -180,7 +180,8 @@ class Training:
     def _loader(self) -> Loader:
         rows = self.engine.layout.rows_by_view()
         data = self.stack.data
-        required = {view.field for view in self.model.views.values()} | self.engine.layout.fields
+        required = {view.field for name, view in self.model.views.items() if name in rows}
+        required |= self.engine.layout.fields & rows.keys()
         return Loader(
             self.dataset, {n: v for n, v in self.model.views.items() if n in rows}, rows,
             batch_size=data.batch_size, seed=self.keys.seed, rank=self.engine.rank, world=self.engine.world,

@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import toy_objectives
 import torch
+import toy_objectives
 
 from vtp_core.data.order import permutation
 from vtp_core.pipeline.directory import PipelineDirectory, read_record
@@ -25,10 +25,10 @@ train: {steps: 4, seed: 0, checkpoint_every: 1}
 """
 FILES = {
     "tokenizer.yaml": f"""
-modality: plane
-encoder: {{use: patches}}
+modality: image
+encoder: {{use: vit, patch: 4, image_size: 8, width: 16, depth: 1, heads: 1}}
 bottleneck: {{use: linear, channels: 4}}
-decoder: {{use: unpatch}}
+decoder: {{use: vit_pixels, width: 16, depth: 1, heads: 1}}
 objectives: {{rebuild: {{}}}}
 {REST}""",
     "decoder.yaml": f"""

@@ -120,7 +120,7 @@ def test_overrides_reach_the_stacks_of_their_stages(bench: Bench) -> None:
     changes = ["generator.train.steps=7", "tokenizer.objectives.rebuild.weight=2", "latents.data.seed=3"]
     tree = load_pipeline(bench.source, changes, Registry([bench.plugin])).tree()["stages"]
     assert tree["generator"]["stack"]["train"]["steps"] == 7
-    assert tree["generator"]["stack"]["encoder"] == {"use": "patches"}  # of the stage it starts from
+    assert tree["generator"]["stack"]["encoder"]["patch"] == 4  # of the stage it starts from
     assert "from" not in tree["generator"]["stack"]["tokenizer"]
     assert tree["tokenizer"]["stack"]["objectives"]["rebuild"] == {"weight": 2}
     assert tree["latents"]["with"] == ["data.seed=3"]

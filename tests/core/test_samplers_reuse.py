@@ -21,6 +21,7 @@ from vtp_core.samplers.reuse import Reuse, optimal, similarity, uniform
 from vtp_core.samplers.sde import EulerMaruyama
 from vtp_core.samplers.templates import fitted, states
 from vtp_plugins import Spec
+from vtp_plugins.errors import StackFault
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "ddt" / "sharing.safetensors"
 SPEC, CLOCK, SHAPE, LABELS = Spec(), StepClock(seed=3), (2, 4, 3, 3), torch.tensor([0, 2])
@@ -109,6 +110,22 @@ def test_reuse_that_does_not_suit_the_steps_is_refused_with_the_remedy() -> None
     pytest.importorskip("torchdiffeq")
     with pytest.raises(ValueError, match="chooses its own steps"):
         Dopri5(SPEC)(field_of(Split(), Reuse(keep=3)), SHAPE, LABELS, CLOCK)
+
+
+class Stateless(Split):
+    """Refuses outputs that it does not have, as the contract's generators do."""
+
+    def forward(
+        self, x: Tensor, u: Tensor, condition: Tensor, want: frozenset[str], state: Any = None
+    ) -> Any:
+        if "state" in want:
+            raise LookupError("the generator has no output 'state'")
+        return super().forward(x, u, condition, want)
+
+
+def test_a_generator_without_a_state_is_refused_with_the_remedy() -> None:
+    with pytest.raises(StackFault, match=r"sampler.reuse: .*keeps no state, drop reuse"):
+        Euler(SPEC, steps=4)(field_of(Stateless(), Reuse(keep=2)), SHAPE, LABELS, CLOCK)
 
 
 @pytest.mark.parametrize(

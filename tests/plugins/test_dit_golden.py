@@ -303,3 +303,28 @@ def test_what_shapes_cannot_tell_is_asked_for() -> None:
         importers.DIT.to_ours(WEIGHTS["dit"].load())
     with pytest.raises(ValueError, match="encoder_blocks: width 48 is not published"):
         importers.DDT.to_ours(WEIGHTS["ddt"].load())
+
+
+def test_published_sizes_tell_what_shapes_do_not() -> None:
+    spec = importers.DDT.spec_of(
+        {"body.embed.proj.weight": torch.empty(0, 16), "condition.table.weight": torch.empty(1001, 0)},
+        {"patch": 2},
+    )
+    assert (spec.channels, spec.classes) == (4, 1000)
+    options, _ = importers.DDT.to_ours(WEIGHTS["ddt"].load(), encoder_blocks=3)
+    large = {
+        "encoder_blocks": 20,
+        "head_blocks": 4,
+        "width": 1024,
+        "head_width": 1024,
+        "heads": 16,
+        "head_heads": 16,
+    }
+    with torch.device("meta"):
+        network = vtp_dit.DDT(spec, size="l")
+        theirs = importers.DDT.to_theirs(network.state_dict(), {**options, **large})
+        read, ours = importers.DDT.to_ours(theirs)
+    assert read == {**options, **large}
+    assert {key: value.shape for key, value in ours.items()} == {
+        key: value.shape for key, value in network.state_dict().items()
+    }

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from rig import batch_of, close, engine_of, run, weights
+from rig import batch_of, close, engine_of, weights
 from torch import Tensor
 
 from vtp_core.engine import Engine
@@ -57,10 +57,16 @@ def trained(engine: Engine, steps: int, first: int = 0) -> list[dict[str, float]
 @pytest.mark.parametrize("critic", MODES)
 @pytest.mark.parametrize(
     "gan",
-    [PATCH, {**PATCH, "norm": "actnorm", "lecam": 0.1}, {**FEATURES, "lecam": 0.1, "diffaug": 0.5}],
+    [PATCH, {**PATCH, "norm": "actnorm"}, {**FEATURES, "lecam": 0.1, "diffaug": 0.5}],
 )
 def test_a_run_goes_on_bit_by_bit_from_any_step(gan: dict[str, Any], critic: dict[str, Any]) -> None:
-    keys = {**gan, "start": 3, "critic": {"start": 1, **critic}, "balance": {"against": "reconstruction"}}
+    slow = {**SGD, "lr": 1e-3}  # what an actnorm scales up soon runs away
+    keys = {
+        **gan,
+        "start": 3,
+        "critic": {"start": 1, "optim": slow, **critic},
+        "balance": {"against": "reconstruction"},
+    }
     engine = engine_with(keys)
     trained(engine, 2)  # the critic has begun, its objective has not
     for step in (2, 4):
@@ -156,8 +162,3 @@ def test_a_critic_that_couples_rows_is_not_accumulated() -> None:
     for engine in (single, halves):
         trained(engine, 2)
     close(weights(single), weights(halves), 1e-9)
-
-
-def test_the_run_function_of_the_rig_is_unchanged_by_images() -> None:
-    rows = run(engine_with(PATCH), 1)
-    assert {"gan/fooled", "gan/critic_real", "gan/critic_fake", "grad/gan/critic"} <= rows[0].keys()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, Literal
@@ -22,7 +23,13 @@ from vtp_core.run.files import reason
 from vtp_core.statistics import unhexed
 from vtp_plugins.spec import Spec
 
-Opened = Mapping[str, Tensor]
+
+@dataclass(frozen=True, slots=True)
+class _Opened:
+    """A shard: tensors that are mapped, and integer fields as plain numbers, which are quicker to hand out."""
+
+    tensors: dict[str, Tensor]
+    numbers: dict[str, list[int | None]]
 
 
 class Latents:
@@ -74,13 +81,13 @@ class Latents:
             self._check_shard(shard, verify == "full")
         self._statistics = manifest.read_statistics(self.folder, self.manifest)
         self._ends = list(accumulate(shard.samples for shard in self.manifest.shards))
-        self._open: dict[int, Opened] = {}
+        self._open: dict[int, _Opened] = {}
         self.flip = flip and f"latents{MIRRORED}" in self.manifest.tensors
         self.provides = frozenset(self.manifest.provides)
         self.fields = self.provides | {"name", *self.manifest.fields}
         self.names: Mapping[str, Sequence[str]] = self.manifest.names
-        first = self._opened(0)
-        self.embedding_width: int = first["embeddings"].shape[1] if "embeddings" in first else 0
+        texts = self._opened(0).tensors.get("embeddings")
+        self.embedding_width: int = 0 if texts is None else texts.shape[1]
 
     def _digest(self) -> Tensor:
         try:
@@ -138,7 +145,8 @@ class Latents:
             raise IndexError(f"{len(self)} latents, no sample {index}")
         number = bisect_right(self._ends, index)
         row = index - (self._ends[number - 1] if number else 0)
-        held, end = self._opened(number), MIRRORED if mirrored else ""
+        opened, end = self._opened(number), MIRRORED if mirrored else ""
+        held = opened.tensors
         sample: dict[str, Any] = {
             name: held[f"{tensor}{end}"][row] for name, tensor in self.manifest.provides.items()
         }
@@ -146,10 +154,10 @@ class Latents:
             deviation = held[f"deviations{end}"][row]
             sample["latent"] = sample["latent"] + deviation * normal(deviation.shape, key)
         for name, tensor in self.manifest.fields.items():
-            value = held[tensor][row]
-            if value.ndim == 0:
-                sample[name] = int(value) if value >= 0 else None
+            if tensor in opened.numbers:
+                sample[name] = opened.numbers[tensor][row]
             else:
+                value = held[tensor][row]
                 sample[name] = value.flip(-1) if mirrored and name in self.prepared else value
         sample["name"] = f"{self.manifest.shards[number].name}, sample {row}"
         return sample
@@ -163,13 +171,13 @@ class Latents:
         lines = [self.manifest.key, *(shard.sha256 for shard in self.manifest.shards)]
         return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
-    def _opened(self, number: int) -> Opened:
+    def _opened(self, number: int) -> _Opened:
         """The tensors of a shard; pages are read when touched, and shared by forked workers."""
         if number not in self._open:
             self._open[number] = self._mapped(self.manifest.shards[number])
         return self._open[number]
 
-    def _mapped(self, shard: Shard) -> Opened:
+    def _mapped(self, shard: Shard) -> _Opened:
         try:
             with safe_open(self.folder / shard.name, "pt") as file:
                 held = {name: file.get_tensor(name) for name in self.manifest.tensors}
@@ -179,7 +187,12 @@ class Latents:
             raise self._broken(shard, f"does not hold {shard.samples} samples")
         if tuple(held["latents"].shape[1:]) != self.manifest.shape:
             raise self._broken(shard, f"holds no latents of {_shape(self.manifest.shape)}")
-        return held
+        numbers = {
+            name: [value if value >= 0 else None for value in held[name].tolist()]
+            for name in self.manifest.fields.values()
+            if held[name].ndim == 1
+        }
+        return _Opened(held, numbers)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_open": {}}  # mapped anew in another process

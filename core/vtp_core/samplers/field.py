@@ -11,6 +11,7 @@ from torch import Tensor
 
 from vtp_core.samplers.guidance import Guidance
 from vtp_core.samplers.reuse import Reuse
+from vtp_plugins.errors import StackFault
 from vtp_plugins.protocols import Generator, NoisePath
 
 
@@ -27,7 +28,7 @@ class Field:
     step above the guided interval then makes the null branch's state too, for the steps that will want it.
 
     Args:
-        network: the generator, in eval mode; None of its parameters is changed.
+        network: the generator, in eval mode.
         path: its noise process.
         guidance: None or a scale of 1 is none.
         null: a condition to its null, of the same shape; ``cfg`` needs it.
@@ -90,7 +91,7 @@ class Field:
         """Announce an integration of so many steps, 0 where the sampler chooses them as it goes.
 
         Raises:
-            ValueError: the steps don't suit the reuse.
+            StackFault: the steps don't suit the reuse.
         """
         self._refreshed = self.reuse.refreshed(steps) if self.reuse is not None else frozenset()
         self.step, self._level = -1, -1.0
@@ -187,8 +188,10 @@ class _Network:
     def _out(self, given: tuple[Tensor, Tensor, Any], want: frozenset[str], state: Any) -> dict[str, Any]:
         try:
             return {name: value for name, value in self.call(*given, want, state).items() if name in want}
-        except LookupError:
+        except LookupError as error:
             if "variance" not in want:
+                if "state" in want:
+                    raise StackFault(f"sampler.reuse: {error}; it keeps no state, drop reuse") from error
                 raise
         self.want -= {"variance"}  # it learns none, and says so by refusing
         return self._out(given, want - {"variance"}, state)

@@ -64,7 +64,7 @@ class Network(nn.Module):
         if last < values:
             warnings.warn(
                 f"generator.width: {last} is less than the {values} values of a latent token; such a generator "
-                "cannot fit even one picture (arXiv 2510.11690): widen it, or raise channels less than patch",
+                "cannot fit even one picture (arXiv 2510.11690); widen it, or lower generator.patch",
                 NarrowWarning,
                 stacklevel=2,
             )
