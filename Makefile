@@ -1,4 +1,4 @@
-# make demo | make test | make test-slow | make bench | make lint
+# make demo | make demo-generation | make test | make test-slow | make bench | make lint
 # Each sets up what it needs in .venv; stamps make a second call instant.
 PYTHON ?= python3
 VENV ?= .venv
@@ -16,11 +16,14 @@ WEIGHTS := $(VTP_HOME)/.stamp-lpips-alex-lite0
 # Options for the last command: make demo ARGS="train.steps=100", make test ARGS="tests/core -x"
 ARGS ?=
 
-.PHONY: demo test test-slow bench lint setup
+.PHONY: demo demo-generation test test-slow bench lint setup
 .DEFAULT_GOAL := demo
 
 demo: $(INSTALLED) $(WEIGHTS)
 	$(BIN)/vtp train vtp-tiny $(ARGS)
+
+demo-generation: $(INSTALLED) $(WEIGHTS)
+	$(BIN)/vtp run vtp-tiny-generation $(ARGS)
 
 test: $(TOOLS) $(WEIGHTS)
 	$(BIN)/python -m pytest $(ARGS)

@@ -33,8 +33,9 @@ def read(path: Path) -> DictConfig:
             raise ValueError(f"not a stack, it is larger than {_MAX_BYTES:,} bytes")
         text = raw.decode("utf-8")
         _check_tags(text)
-        config = OmegaConf.create(text)
-        _check_interpolations(OmegaConf.to_container(config, resolve=False))
+        tree = _words(OmegaConf.to_container(OmegaConf.create(text), resolve=False))
+        _check_interpolations(tree)
+        config = OmegaConf.create(tree)
     except (OSError, *_BROKEN) as error:
         raise StackFault(f"{path}: {_reason(error)}") from error
     if not isinstance(config, DictConfig):
@@ -69,6 +70,13 @@ def _entries(node: Any) -> Any:
     return (
         {name: entry for name, entry in node.items() if entry is not None} if isinstance(node, dict) else node
     )
+
+
+def _words(node: Any) -> Any:
+    """The tree with keys as words: YAML 1.1 reads a bare ``on:`` as true."""
+    if isinstance(node, dict):
+        return {"on" if key is True else "off" if key is False else key: _words(v) for key, v in node.items()}
+    return [_words(child) for child in node] if isinstance(node, list) else node
 
 
 def _check_tags(text: str) -> None:
@@ -129,7 +137,7 @@ def _apply(config: DictConfig, item: str) -> None:
 def _value(text: str) -> Any:
     """The right side of an override, its interpolations not resolved yet."""
     _check_tags(text)
-    tree = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]), resolve=False)
+    tree = _words(OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]), resolve=False))
     _check_interpolations(tree)
     assert isinstance(tree, dict)
     return tree["value"]

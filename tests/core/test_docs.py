@@ -36,6 +36,8 @@ MODELS: dict[str, type[BaseModel]] = {
     "objectives.critic.optim": options.CriticOptim,
     "probes": options.Probe,
     "generator": options.Generator,
+    "generator.ema": options.Ema,
+    "sampler": options.Sampler,
     "tokenizer": options.Tokenizer,
     "run": options.Run,
 }
@@ -83,6 +85,7 @@ def shown(default: Any) -> str:
 @pytest.mark.parametrize("title", MODELS)
 def test_keys_and_defaults_are_those_of_the_code(title: str) -> None:
     rows, fields = table("stack", title), MODELS[title].model_fields
+    fields = {field.alias or name: field for name, field in fields.items()}
     assert list(rows) == list(fields)
     for key, field in fields.items():
         default = rows[key][1]

@@ -252,3 +252,11 @@ def test_a_file_that_is_no_stack_is_told(tmp_path: Path, raw: bytes, words: str)
     (tmp_path / "bad.yaml").write_bytes(raw)
     with pytest.raises(StackFault, match=words):
         read(tmp_path / "bad.yaml")
+
+
+def test_a_bare_on_is_a_word(tmp_path: Path) -> None:
+    """YAML 1.1 takes it for true."""
+    (tmp_path / "s.yaml").write_text("objectives: {align: {on: cls}}\n")
+    assert merged(read(tmp_path / "s.yaml"), [])["objectives"] == {"align": {"on": "cls"}}
+    found = merged(read(tmp_path / "s.yaml"), ["objectives.align={on: patches, use: align}", "objectives.b.on=cls"])
+    assert found["objectives"] == {"align": {"on": "patches", "use": "align"}, "b": {"on": "cls"}}

@@ -24,8 +24,8 @@ from vtp_dit.switches import (
 )
 from vtp_plugins.spec import Spec
 
-Count = Annotated[int, Field(gt=0)]
-Positive = Annotated[float, Field(gt=0)]
+Count = Annotated[int | None, Field(gt=0)]
+Positive = Annotated[float | None, Field(gt=0)]
 
 
 class Transformer(Network):
@@ -70,26 +70,26 @@ class Transformer(Network):
         spec: Spec,
         *,
         size: Size = "tiny",
-        width: Count | None = None,
-        depth: Count | None = None,
-        heads: Count | None = None,
-        patch: Count | None = None,
+        width: Count = None,
+        depth: Count = None,
+        heads: Count = None,
+        patch: Count = None,
         grid: tuple[int, ...] | None = None,
         flip: bool = False,
-        timesteps: Annotated[int, Field(ge=0)] | None = None,
+        timesteps: Annotated[int | None, Field(ge=0)] = None,
         checkpointing: bool = False,
         norm: Norm | None = None,
         final_norm: Norm | None = None,
         qk_norm: HeadNorm | None = None,
         mlp: Mlp | None = None,
-        mlp_ratio: Positive | None = None,
+        mlp_ratio: Positive = None,
         qkv_bias: bool | None = None,
         mlp_bias: bool | None = None,
         rope: Rotary | None = None,
         positions: Positions | None = None,
         shift: bool | None = None,
         time: Time | None = None,
-        max_period: Positive | None = None,
+        max_period: Positive = None,
         variance: bool | None = None,
         zero: bool | None = None,
     ) -> None:

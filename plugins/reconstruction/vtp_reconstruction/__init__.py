@@ -27,7 +27,9 @@ class Reconstruction(Objective):
         l2: weight of the mean squared difference.
         lpips: weight of the perceptual distance, for images only.
         net: its network; ``alex`` suits a CPU, ``vgg`` is what most papers train with.
-        space: where L1 and L2 are taken: as the encoder reads, or pixels in [0, 1].
+        space: where L1 and L2 are taken: as the encoder reads, pixels in [0, 1], or ``signed`` in [-1, 1].
+        reduction: over one signal: ``mean``, or ``sum``, in which LPIPS counts once for every number of the
+            signal (LDM, arXiv 2112.10752; VA-VAE, arXiv 2501.01423).
         view: which view is decoded.
         trunk: ``random`` needs no weights; its LPIPS means nothing.
         allow_random_trunk: says that this is a test.
@@ -41,13 +43,14 @@ class Reconstruction(Objective):
         l2: float = 0.0,
         lpips: float = 1.0,
         net: Literal["alex", "vgg"] = "alex",
-        space: Literal["normalised", "pixel"] = "normalised",
+        space: Literal["normalised", "pixel", "signed"] = "normalised",
+        reduction: Literal["mean", "sum"] = "mean",
         view: str = "image",
         trunk: Literal["weights", "random"] = "weights",
         allow_random_trunk: bool = False,
     ) -> None:
         super().__init__()
-        if spec.modality != "image" and (lpips or space == "pixel"):
+        if spec.modality != "image" and (lpips or space != "normalised"):
             raise ValueError(
                 f"modality {spec.modality!r} has no LPIPS and no pixels; set lpips: 0, space: normalised"
             )
@@ -57,7 +60,8 @@ class Reconstruction(Objective):
             )
         if not (l1 or l2 or lpips):
             raise ValueError("l1, l2 and lpips are all 0; nothing is left to compute")
-        self.l1, self.l2, self.lpips, self.space = l1, l2, lpips, space
+        self.l1, self.l2, self.lpips = l1, l2, lpips
+        self.space, self.reduction = space, reduction
         self.needs = {"image": Need(view, {"decoded", "input"}, mask=None)}
         if view == "image":
             self.views = {"image": Plain(spec)}
@@ -68,8 +72,9 @@ class Reconstruction(Objective):
         decoded = wide(got["image"]["decoded"].flatten(0, 1))  # (K, R, ch, ...) -> (K R, ch, ...)
         aim = wide(got["image"]["input"].flatten(0, 1))
         off = decoded - aim
-        if self.space == "pixel":
-            off = off * off.new_tensor(DEVIATION)[:, None, None]
+        if self.space != "normalised":
+            scale = 2.0 if self.space == "signed" else 1.0
+            off = off * (scale * off.new_tensor(DEVIATION)[:, None, None])
         terms = {}
         if self.l1:
             terms["l1"] = self.l1 * off.abs().mean()
@@ -77,4 +82,6 @@ class Reconstruction(Objective):
             terms["l2"] = self.l2 * off.square().mean()
         if self.perceptual is not None:
             terms["lpips"] = self.lpips * self.perceptual(decoded, aim)
+        if self.reduction == "sum":
+            terms = {name: term * decoded[0].numel() for name, term in terms.items()}
         return terms
