@@ -15,8 +15,8 @@ from vtp_core.build import Model
 from vtp_core.errors import DataFault, StackFault
 from vtp_core.run.checkpoint import latest, load
 from vtp_core.stack import Stack
-from vtp_core.state import Parts, load_tokenizer
-from vtp_core.statistics import digest
+from vtp_core.state import Parts, load_tokenizer, module_state
+from vtp_core.statistics import check, digest
 from vtp_core.tokenizer import chosen, exporting, read_run
 
 if TYPE_CHECKING:
@@ -118,13 +118,9 @@ def adopt(model: Model, source: Earlier) -> list[str]:
     without: dict[str, Any] = {name: None for name in modules if name not in known}
     load_tokenizer(replace(model, **without), tensors)
     statistics = dict(source.parts.get("statistics", {}))
-    if keeps_latents(model) and statistics:
-        own = digest(tensors)
-        if "of" in statistics and source.weights == "student" and not bool((statistics["of"] == own).all()):
-            raise DataFault(
-                f"{source.path}: its latent statistics are of another tokenizer; train it to its end again"
-            )
-        model.statistics = {**statistics, "of": own}
+    if statistics and keeps_latents(model) and source.weights == "student":  # an average has others
+        check(statistics, tensors, f"{source.path}: the latent statistics", f"vtp resume {source.path}")
+        model.statistics = {**statistics, "of": digest(tensors)}
     return [name for name in modules if name not in known]
 
 
@@ -140,26 +136,24 @@ def check_latents(model: Model, dataset: Dataset) -> None:
 
     Raises:
         StackFault: the latent still moves, and nothing normalises it.
-        DataFault: the tokenizer has no statistics, or the data's latents are of another tokenizer.
+        DataFault: the data's latents are of another tokenizer.
     """
     found: Tensor | None = getattr(dataset, "tokenizer_digest", None)
     if "latent" in dataset.provides and found is not None:
-        own = model.statistics.get("of")
-        if own is not None and not bool((own == found).all()):
+        own = digest(module_state(model)["tokenizer"])
+        if not torch.equal(own, found):
             raise DataFault(
                 "data: these latents are of another tokenizer than tokenizer.from; write them again: vtp latents"
             )
-    if model.generator is None or model.statistics:
-        return
     links: Any = () if model.bottleneck is None else model.bottleneck.links
-    if any(getattr(link, "normalises", False) for link in links):
-        return
-    if keeps_latents(model):
-        raise DataFault(
-            "tokenizer.from: this tokenizer has no latent statistics, which a generator is trained through; "
-            "its run's end computes them (vtp resume RUN)"
+    normalised = any(getattr(link, "normalises", False) for link in links)
+    if model.generator is not None and not normalised and not keeps_latents(model):
+        raise StackFault(
+            "generator: its latents are not standardised: freeze the tokenizer "
+            "(tokenizer.frozen=[encoder,bottleneck]), or end the bottleneck with a link that normalises: rms_norm"
         )
-    raise StackFault(
-        "generator: its latents are not standardised: freeze the tokenizer "
-        "(tokenizer.frozen=[encoder,bottleneck]), or end the bottleneck with a link that normalises, such as rms_norm"
-    )
+
+
+def lacks_statistics(model: Model) -> bool:
+    """Whether a generator is to be trained on a frozen tokenizer whose statistics nobody has computed."""
+    return model.generator is not None and keeps_latents(model) and not model.statistics

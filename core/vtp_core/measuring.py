@@ -91,8 +91,20 @@ class Measuring:
                 "count": torch.tensor(0),
                 "of": own,
             }
+        return self.computed()
+
+    @torch.no_grad()
+    def computed(self) -> dict[str, Tensor]:
+        """Statistics of the latent as it is, over the data that probes look at."""
+        modules = list(self.engine.model.tokenizer_modules().values())
+        before = [module.training for module in modules]
+        for module in modules:
+            module.eval()
         with self.stopping.resting():
-            return latent_statistics(*self._tokenizer())
+            found = latent_statistics(*self._tokenizer())
+        for module, mode in zip(modules, before, strict=True):
+            module.train(mode)
+        return found
 
     def generator(self, tokenizer: Tokenizer) -> Generator | None:
         """The live generator, its average where there is one; None where there is none."""

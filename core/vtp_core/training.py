@@ -167,6 +167,9 @@ class Training:
     def _train(self) -> None:
         if self.engine.rank == 0:
             self.directory.mark("running", fault=None)
+        if adopting.lacks_statistics(self.model):
+            self.progress.note("the tokenizer has no latent statistics yet: they are computed first")
+            self.model.statistics = self.measuring.computed()
         self.loader = self._loader()
         try:
             # Closed on the way out: workers ignore signals, so nothing else would end them.

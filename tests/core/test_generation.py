@@ -224,14 +224,18 @@ def test_resuming_takes_everything_from_the_checkpoint(tokenizer: Path, tmp_path
 def test_latents_that_are_not_standardised_are_refused(tokenizer: Path, tmp_path: Path) -> None:
     with pytest.raises(StackFault, match="not standardised: freeze the tokenizer"):
         trained(tokenizer, tmp_path, "tokenizer.frozen=[decoder]")
+
+
+def test_statistics_that_are_missing_are_computed_first(tokenizer: Path, tmp_path: Path) -> None:
     copy = shutil.copytree(tokenizer, tmp_path / "copy")
     found = checkpoint.latest(copy / "checkpoints")
     assert found is not None
-    (tmp_path / "run2").mkdir()
     parts, state = checkpoint.load(found)
     checkpoint.save(copy / "checkpoints", 3, {k: v for k, v in parts.items() if k != "statistics"}, state)
-    with pytest.raises(DataFault, match="no latent statistics"):
-        trained(copy, tmp_path / "run2")
+    path = trained(copy, tmp_path)
+    computed, known = tensors(path, "statistics"), tensors(tokenizer, "statistics")
+    assert computed.keys() == known.keys()
+    assert all(torch.equal(computed[name], known[name]) for name in known)
 
 
 def test_statistics_of_another_tokenizer_are_refused(tokenizer: Path, tmp_path: Path) -> None:
@@ -242,7 +246,7 @@ def test_statistics_of_another_tokenizer_are_refused(tokenizer: Path, tmp_path: 
     name = next(key for key in parts["tokenizer"] if key.startswith("encoder."))
     tokenizer_part = {**parts["tokenizer"], name: parts["tokenizer"][name] + 1}
     checkpoint.save(copy / "checkpoints", 3, {**parts, "tokenizer": tokenizer_part}, state)
-    with pytest.raises(DataFault, match="statistics are of another tokenizer"):
+    with pytest.raises(DataFault, match="latent statistics belong to the tokenizer"):
         trained(copy, tmp_path)
 
 

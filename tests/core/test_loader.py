@@ -188,5 +188,5 @@ class Deadly(Toy):
 
 
 def test_a_dead_worker_is_one_clear_fault() -> None:
-    with pytest.raises(DataFault, match=r"(?s)worker died before step 1: .*SIGKILL.*workers=0"):
+    with pytest.raises(DataFault, match=r"(?s)worker died before step 1: .*SIGKILL.*0 reads without them"):
         next(iter(loader(Deadly(), workers=1)))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
@@ -114,6 +114,12 @@ class Chain(nn.Module):
         super().__init__()
         self.links = nn.ModuleList(links)
         self.channels: int = getattr(links[-1], "channels", channels) if links else channels
+
+    @property
+    def anchors(self) -> Mapping[str, nn.Parameter]:
+        """``last``: the last matrix or kernel of the chain; none without one."""
+        weights = [parameter for parameter in self.parameters() if parameter.ndim > 1]
+        return {"last": weights[-1]} if weights else {}
 
     def forward(self, x: Tensor, clock: Clock | None = None) -> dict[str, Tensor]:
         """Tokens (..., N, D) to ``latent``, what links add, and ``carried``, which the decoder reads."""

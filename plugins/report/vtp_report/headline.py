@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from vtp_report.numbers import YARDSTICK, latest, protocol, spoken, yardstick_of
+from vtp_report.numbers import latest, protocol, spoken, yardstick_word, yardsticks_of
 from vtp_report.record import Row
 
 
@@ -31,7 +31,12 @@ HEADLINES = (
     Headline("nearest neighbour is the same concept", r"knn/cls/concept@.+", "%"),
     Headline("nearest neighbour is of the same {kind}", r"knn/cls/label@.+", "%"),
     Headline("reconstructions, FD-lite0", r"fd_lite0"),
+    Headline("samples, FD-lite0", r"generation/fd_lite0"),
+    Headline("samples, FID", r"generation/fid"),
+    Headline("samples near real images, precision", r"generation/precision(_\w+)?", "%"),
+    Headline("real images near samples, recall", r"generation/recall(_\w+)?", "%"),
 )
+WORDS = {"reconstructions": "the tokenizer's reconstructions", "noise": "decoded noise"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,16 +104,18 @@ def _card(headline: Headline, key: tuple[str, str], found: Found, kind: str) -> 
 def _yardstick(
     probe: str, split: str, value: float, unit: str, found: Found
 ) -> tuple[float | None, list[str]]:
-    """The yardstick's value and words: a reading of its own, or the chance that the protocol states."""
-    name = yardstick_of(probe, [p for p, s in found if s == split])
-    if name:
-        base = float(found[name, split]["value"])
-        word = YARDSTICK.findall(name)[0]
+    """The yardstick's value, and words of all of them: readings, or the chance that the protocol states."""
+    names = yardsticks_of(probe, [p for p, s in found if s == split])
+    if names:
+        base = float(found[names[0], split]["value"])
+        word = yardstick_word(names[0])
         if word.startswith("pixels"):
             side = word.removeprefix("pixels")
             verdict = "above" if value > base else "below"
             return base, [f"{verdict} {f'{side}×{side} ' if side else ''}pixels: {worded(base, unit)}"]
-        return base, [f"{word} {worded(base, unit)}"]
+        words = {name: WORDS.get(yardstick_word(name), yardstick_word(name)) for name in names}
+        shown = names if "noise" in map(yardstick_word, names) or len(names) > 1 else names[:1]
+        return base, [f"{words[n]} {worded(float(found[n, split]['value']), unit)}" for n in shown]
     chance = re.search(r"chance[^|%]*?([\d.]+) %", protocol(found[probe, split]))
     if chance:
         return float(chance[1]) / 100, [f"chance {chance[1]} %"]

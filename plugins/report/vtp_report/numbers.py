@@ -11,6 +11,8 @@ from vtp_report.record import AbsentError, Row
 
 # Words by which a probe's name says what it measures: a yardstick, or a feature of the tokenizer.
 YARDSTICK = re.compile(r"(?:^|(?<=[/_@]))(pixels\d*|chance|floor)(?=$|[/_@])")
+# What the probe `generation` sets beside a distance of samples.
+BESIDE = re.compile(r"(?P<of>generation/[^/]+)/(?P<word>floor|reconstructions|noise)")
 FEATURES = ("cls", "patches", "latent")
 
 
@@ -45,16 +47,31 @@ class Table:
 
 def is_yardstick(probe: str) -> bool:
     """Whether a probe's name says that it measures pixels, chance or a floor, and not the tokenizer."""
-    return bool(YARDSTICK.search(probe))
+    return bool(YARDSTICK.search(probe) or BESIDE.fullmatch(probe))
+
+
+def yardstick_word(probe: str) -> str:
+    """The word by which a yardstick's name says what it is."""
+    beside = BESIDE.fullmatch(probe)
+    return beside["word"] if beside else str(YARDSTICK.findall(probe)[0])
 
 
 def yardstick_of(probe: str, probes: Iterable[str]) -> str:
     """The yardstick with ``probe``'s own name but for the words of feature and yardstick; else empty."""
-    return next((other for other in probes if is_yardstick(other) and family(other) == family(probe)), "")
+    return next(iter(yardsticks_of(probe, probes)), "")
+
+
+def yardsticks_of(probe: str, probes: Iterable[str]) -> list[str]:
+    """All yardsticks of a probe, in the order of ``probes``."""
+    own = family(probe)
+    return [other for other in dict.fromkeys(probes) if is_yardstick(other) and family(other) == own]
 
 
 def family(probe: str) -> str:
     """A probe's name without the words of feature and yardstick: ``knn/concept@train``."""
+    beside = BESIDE.fullmatch(probe)
+    if beside:
+        return beside["of"]
     words = re.split(r"(?=[/@])", YARDSTICK.sub("", probe))
     return "".join(word for word in words if word.strip("/_") and word.strip("/") not in FEATURES)
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from vtp_core.errors import DataFault
+from vtp_core.errors import DataFault, StackFault
 from vtp_core.run import metrics
 from vtp_core.run.environment import masked
+from vtp_report.stage import Stage, stage_of
 
 Row = dict[str, Any]
 
@@ -31,6 +32,7 @@ class Record:
         about: run.json: name, start, status; empty where the file is missing.
         environment: environment.json; empty where the file is missing.
         faults: files that are there and cannot be read, one line each.
+        stage: what the stack trains, and from what.
     """
 
     run: Path
@@ -41,6 +43,7 @@ class Record:
     about: dict[str, Any]
     environment: dict[str, Any]
     faults: tuple[str, ...] = ()
+    stage: Stage = field(default_factory=Stage)
 
     @property
     def steps(self) -> int:
@@ -62,7 +65,19 @@ def read(run: Path) -> Record:
         about=_mapping(run / "run.json", faults),
         environment=masked(_mapping(run / "environment.json", faults)),
         faults=tuple(faults),
+        stage=_stage(run / "stack.yaml"),
     )
+
+
+def _stage(path: Path) -> Stage:
+    """The stage of a stack's file; one that cannot be read is shown as it is, as a tokenizer's."""
+    from vtp_core.overrides import merged
+    from vtp_core.overrides import read as read_stack
+
+    try:
+        return stage_of(merged(read_stack(path), ()))
+    except StackFault:
+        return Stage()
 
 
 def _text(path: Path) -> str:
