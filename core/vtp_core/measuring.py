@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from vtp_core.engine import Engine
     from vtp_core.stopping import Stopping
     from vtp_plugins.protocols import Dataset, Probe
+    from vtp_plugins.reading import Reading
 
 
 class Measuring:
@@ -73,8 +74,8 @@ class Measuring:
         step = self.engine.steps_done
         for reading in readings:
             self.rows.append({"step": step, **evaluation.as_row(reading)})
-        for line in left_out:
-            note(line)
+        for line in [*summaries(readings), *left_out]:
+            note(f"step {step} | {line}")
         self.engine.plugins.hook.vtp_probe(engine=self.engine, step=step, readings=readings)
 
     def statistics(self) -> dict[str, Tensor]:
@@ -122,3 +123,12 @@ class Measuring:
         """The live modules as a tokenizer, and the data beside it."""
         tokenizer = Tokenizer(self.engine.model, {**self.exporters, **self.engine.model.objectives})
         return tokenizer, Bench(tokenizer, self.dataset, device=self.engine.device)
+
+
+def summaries(readings: Sequence[Reading]) -> list[str]:
+    """One line for each probe and split: what it read, in the order it did."""
+    lines: dict[tuple[str, str], list[str]] = {}
+    for reading in readings:
+        probe, _, name = reading.probe.partition("/")
+        lines.setdefault((probe, reading.split), []).append(f"{name or probe} {reading.value:.4g}")
+    return [f"{probe} {split}: {', '.join(values)}" for (probe, split), values in lines.items()]

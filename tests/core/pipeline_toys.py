@@ -127,7 +127,7 @@ class Signal:
 
     @hookimpl
     def vtp_step_end(self, engine: Any, clock: Clock, metrics: Mapping[str, float]) -> None:
-        if metrics["step"] >= self.at and not (self.sign and self.sign.exists()):
+        if metrics["step"] + 1 >= self.at and not (self.sign and self.sign.exists()):
             if self.sign:
                 self.sign.touch()
             os.kill(os.getpid(), self.number)

@@ -128,8 +128,8 @@ def test_a_failing_stage_says_how_to_go_on(bench: Bench) -> None:
     assert bench.ran == STAGES
 
 
-def test_a_fault_of_the_stack_names_the_stage(bench: Bench) -> None:
+def test_weights_that_do_not_fit_name_the_stage(bench: Bench) -> None:
     with pytest.raises(StackFault) as failed:
-        bench.run("decoder.data.batch_size=99999")
+        bench.run("decoder.encoder={use: vit, patch: 4, image_size: 8, width: 8, depth: 1, heads: 1}")
     assert str(failed.value).startswith("stage decoder: ")
     assert failed.value.__notes__ == [f"continue with: vtp resume {bench.path} --plugin {bench.plugin}"]

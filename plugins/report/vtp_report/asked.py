@@ -73,9 +73,7 @@ def _labels(generator: Any, dataset: Dataset | None, wanted: Wanted) -> list[Ask
         chosen = _frequent(counts, wanted, generator.spec.classes)
     else:
         chosen = [generator.label(name) for name in wanted]
-    return [
-        Asked(_name(generator, label), label, _image(generator, examples.get(label))) for label in chosen
-    ]
+    return [Asked(_name(generator, label), label, _image(generator, examples.get(label))) for label in chosen]
 
 
 def _frequent(counts: Counter[int], wanted: int, classes: int) -> list[int]:

@@ -48,6 +48,7 @@ def before(stage: Stage, tokenizer: Any, bench: Bench, samples: int, seed: int) 
         AbsentError: the earlier run is gone.
     """
     import torch
+
     from vtp_core.run.environment import masked
     from vtp_core.tokenizer import Tokenizer
 

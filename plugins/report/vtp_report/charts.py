@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from vtp_report.curves import SLOTS, Chart, Entry, Series, draw, running_mean
 from vtp_report.headline import headline_keys
-from vtp_report.numbers import YARDSTICK, family, feature, is_yardstick, spoken, yardstick_of
+from vtp_report.numbers import family, feature, is_yardstick, spoken, yardstick_word, yardsticks_of
 from vtp_report.record import AbsentError, Row
 
 NOT_LOSSES = ("weight/", "lr/", "grad/", "time/")
@@ -143,21 +143,24 @@ def _by_feature(members: list[str], split: str, lines: Lines) -> Chart:
     """Features as lines, the yardstick dashed."""
     series = []
     for slot, probe in enumerate(members, start=1):
-        yardstick = YARDSTICK.findall(probe)
-        name = yardstick[0] if yardstick else feature(probe)
-        series.append(_series(name, lines[probe][split], 0 if yardstick else slot, bool(yardstick)))
+        yardstick = is_yardstick(probe)
+        name = yardstick_word(probe) if yardstick else feature(probe)
+        series.append(_series(name, lines[probe][split], 0 if yardstick else slot, yardstick))
     return _marked(family(members[0]), split, series)
 
 
 def _by_split(probe: str, lines: Lines) -> Chart:
-    """Splits as lines; the yardstick of the same split dashed, in its colour."""
-    yardstick = yardstick_of(probe, lines)
+    """Splits as lines; the yardstick of the same split dashed, in its colour, any further ones in others.
+
+    Decoded noise is left to the card: so far above the rest, it would press every other line flat.
+    """
     slots = {split: slot for slot, split in enumerate(lines[probe], start=1)}
     series = [_series(split, points, slots[split]) for split, points in lines[probe].items()]
-    for split, points in lines.get(yardstick, {}).items():
-        series.append(
-            _series(f"{YARDSTICK.findall(yardstick)[0]}, {split}", points, slots.get(split, 0), True)
-        )
+    yardsticks = [name for name in yardsticks_of(probe, lines) if yardstick_word(name) != "noise"]
+    for place, yardstick in enumerate(yardsticks):
+        for split, points in lines[yardstick].items():
+            slot = slots.get(split, 0) + place * len(slots)
+            series.append(_series(f"{yardstick_word(yardstick)}, {split}", points, slot, True))
     return _marked(probe, "", series)
 
 

@@ -113,13 +113,16 @@ def _yardstick(
             side = word.removeprefix("pixels")
             verdict = "above" if value > base else "below"
             return base, [f"{verdict} {f'{side}×{side} ' if side else ''}pixels: {worded(base, unit)}"]
-        words = {name: WORDS.get(yardstick_word(name), yardstick_word(name)) for name in names}
-        shown = names if "noise" in map(yardstick_word, names) or len(names) > 1 else names[:1]
-        return base, [f"{words[n]} {worded(float(found[n, split]['value']), unit)}" for n in shown]
+        return base, [_beside(name, float(found[name, split]["value"]), unit) for name in names]
     chance = re.search(r"chance[^|%]*?([\d.]+) %", protocol(found[probe, split]))
     if chance:
         return float(chance[1]) / 100, [f"chance {chance[1]} %"]
     return None, []
+
+
+def _beside(yardstick: str, value: float, unit: str) -> str:
+    word = yardstick_word(yardstick)
+    return f"{WORDS.get(word, word)} {worded(value, unit)}"
 
 
 def worded(value: float, unit: str) -> str:

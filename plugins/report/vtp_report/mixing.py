@@ -49,7 +49,7 @@ class Between(nn.Module):
         own[:frames] = self.first
         near = self.network(x, u, own, want, state.get("first"))
         far = self.network(x[:frames], level, other, want, state.get("second"))
-        out = {}
+        out: dict[str, Any] = {}
         for name, value in near.items():
             if name == "state":
                 out[name] = {"first": value, "second": far[name]}

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from vtp_core.run.environment import masked
 from vtp_report.record import AbsentError, Record
 
 LOG = logging.getLogger(__name__)
@@ -46,6 +47,7 @@ def facts(record: Record) -> list[tuple[str, str]]:
         ("steps", f"{record.steps:,}" if record.steps else ""),
         ("trained for", spoken_time(seconds) if seconds else ""),
         ("on", machine(record.environment)),
+        ("tokenizer from", str(masked(record.stage.source))),
         ("status", status if status in {"failed", "preempted"} else ""),
     ]
     return [(label, value) for label, value in found if value]

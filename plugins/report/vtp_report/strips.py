@@ -56,9 +56,7 @@ def noises(draws: Draws, frames: int) -> Strip:
     generator, one = draws.best, draws.conditions[0]
     first, second = noise_of(generator, 2, draws.seed)
     shares = _inner(frames)
-    inner = pictures(
-        generator, slerp(first, second, shares), embedded(generator, [one.value] * len(shares))
-    )
+    inner = pictures(generator, slerp(first, second, shares), embedded(generator, [one.value] * len(shares)))
     ends = draws.samples(guided=draws.guided is not None)[0]  # both are in the grid already
     name = f", {one.name}" if one.name else ""
     return _strip("noise 0" + name, "noise 1" + name, ends[0], inner, ends[1], shares)
