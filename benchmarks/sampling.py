@@ -14,7 +14,7 @@ import argparse
 import time
 from collections.abc import Callable
 from itertools import pairwise
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -61,7 +61,7 @@ def measure(
     """Throughputs of one size, and how far the samples of both ways are apart."""
     spec = Spec(channels=CHANNELS, size=(side, side), patch=(1, 1), classes=CLASSES, condition="label")
     made = DDT(spec, width=width, heads=width // 64 or 1, encoder_blocks=4, head_blocks=2, patch=1)
-    network, path = made.eval().requires_grad_(False), cast(Any, Linear(spec))
+    network, path = made.eval().requires_grad_(False), Linear(spec)
     for p in network.parameters():
         p.normal_(std=0.05)  # the last layer begins at zero, and would hide a difference
     shape, labels = (images, CHANNELS, side, side), torch.arange(images) % CLASSES

@@ -180,8 +180,10 @@ class NoisePath(Protocol):
     converts between noise, data and score. u is (R,), or (1,) for one level of all rows; x is (R, C, *grid).
     """
 
-    predicts: str
-    """What :meth:`target` is and the generator predicts: ``velocity``, ``noise``, ``data`` or ``score``."""
+    @property
+    def predicts(self) -> str:
+        """What :meth:`target` is and the generator predicts: ``velocity``, ``noise``, ``data`` or ``score``."""
+        ...
 
     def draw(self, name: str, rows: int, clock: Clock) -> Tensor:
         """Noise levels u of a training step, (R,); their law may depend on ``clock.share``."""
@@ -249,7 +251,8 @@ class Sampler(Protocol):
     A ``path`` sampler is handed a :class:`Field`, any other one the generator itself.
     """
 
-    kind: str
+    @property
+    def kind(self) -> str: ...
 
     def __call__(self, generator: Any, shape: tuple[int, ...], condition: Any, clock: Clock) -> Tensor:
         """Standardised latents of ``shape`` = (R, C, *grid), from noise that ``clock`` draws."""
@@ -259,26 +262,31 @@ class Sampler(Protocol):
 class Field(Protocol):
     """What ``path`` samplers integrate: a generator with its path, guidance and reuse inside.
 
-    u is a tensor (1,) on the device of x. ``evaluations`` counts forwards of the generator, batched
-    branches of guidance as one.
+    u is a tensor (1,) on the device of x, and may be wider than x. ``at`` is the level (1,) at which a step
+    began, for those of its evaluations that are elsewhere (Heun's second slope): it decides on guidance and
+    reuse, so that all evaluations of one step belong to one field. None takes u.
     """
 
-    path: NoisePath
-    evaluations: int
-
-    def start(self, steps: int) -> None:
-        """Announce a new integration of so many steps; forgets states kept for reuse."""
+    @property
+    def path(self) -> NoisePath: ...
+    @property
+    def evaluations(self) -> int:
+        """Forwards of the generator, batched branches of guidance as one."""
         ...
 
-    def predict(self, x: Tensor, u: Tensor, condition: Any) -> dict[str, Tensor]:
+    def start(self, steps: int) -> None:
+        """Announce an integration of so many steps, 0 where the sampler chooses them; forgets kept states."""
+        ...
+
+    def predict(self, x: Tensor, u: Tensor, condition: Any, at: Tensor | None = None) -> dict[str, Tensor]:
         """``prediction``, guided, and ``variance`` where the generator learns it."""
         ...
 
-    def velocity(self, x: Tensor, u: Tensor, condition: Any) -> Tensor:
+    def velocity(self, x: Tensor, u: Tensor, condition: Any, at: Tensor | None = None) -> Tensor:
         """dx/du, guided."""
         ...
 
-    def score(self, x: Tensor, u: Tensor, condition: Any) -> Tensor:
+    def score(self, x: Tensor, u: Tensor, condition: Any, at: Tensor | None = None) -> Tensor:
         """Gradient of the log density, guided."""
         ...
 

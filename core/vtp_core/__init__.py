@@ -7,11 +7,18 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from vtp_core.describe import plan as plan
+    from vtp_core.generation import Generator as Generator
     from vtp_core.stack import load_stack as load_stack
     from vtp_core.tokenizer import Tokenizer as Tokenizer
     from vtp_core.training import train as train
 
-_HOME = {"Tokenizer": "tokenizer", "load_stack": "stack", "plan": "describe", "train": "training"}
+_HOME = {
+    "Generator": "generation",
+    "Tokenizer": "tokenizer",
+    "load_stack": "stack",
+    "plan": "describe",
+    "train": "training",
+}
 
 
 def __getattr__(name: str) -> Any:

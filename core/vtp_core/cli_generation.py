@@ -37,6 +37,7 @@ def latents(
     layout: Annotated[str, typer.Option(help="vtp, or lightningdit: what its own dataset reads.")] = "vtp",
     images: Annotated[bool, typer.Option("--images", help="Store the images.")] = False,
     teacher: Annotated[str | None, typer.Option(help="Store an output of one of the stack's teachers.")] = None,
+    shard_size: Annotated[int, typer.Option(min=1, help="Samples of a file, fewer if they are large.")] = 10_000,
     split: Annotated[str | None, typer.Option(help="Of the data; by default the trained one.")] = None,
     weights: Annotated[str, typer.Option(help="student or ema.")] = "student",
     plugin: Plugins = None,
@@ -44,10 +45,13 @@ def latents(
     """Write the latents of a run's data as shards, with statistics and a manifest."""
     from vtp_core.latents.writer import write_latents
 
-    said: Any = {"flip": flip, "posterior": posterior, "layout": layout, "images": images, "teacher": teacher}
+    said: Any = {
+        "flip": flip, "posterior": posterior, "layout": layout, "images": images, "teacher": teacher,
+        "shard_size": shard_size, "split": split, "weights": weights,
+    }  # fmt: skip
     manifest = write_latents(
-        run, out, overrides=overrides or (), **said, split=split, weights=weights,  # type: ignore[arg-type]
-        registry=registry_of(plugin), note=lambda line: typer.echo(line, err=True),
+        run, out, overrides=overrides or (), **said, registry=registry_of(plugin),
+        note=lambda line: typer.echo(line, err=True),
     )  # fmt: skip
     typer.echo(f"latents {manifest}")
 

@@ -180,7 +180,10 @@ class Generator:
             made: Tensor = self.sampler(subject, shape, condition, clock)
             return made
 
-        z: Tensor = self.relay.vtp_sample(call=call, shape=shape)
+        try:
+            z: Tensor = self.relay.vtp_sample(call=call, shape=shape)
+        except (ValueError, LookupError) as error:
+            raise StackFault(f"sampler: {error}") from error
         if z.shape != shape:
             raise StackFault(f"the sampler gave {tuple(z.shape)}, {shape} was asked for")
         self.evaluations = max(self.evaluations, int(getattr(subject, "evaluations", 0)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from vtp_core import evaluation
 from vtp_core.adopting import keeps_latents
+from vtp_core.errors import StackFault
 from vtp_core.generation import Generator
 from vtp_core.probes.bench import Bench
 from vtp_core.run import metrics
@@ -117,7 +119,32 @@ class Measuring:
             name: hook for name, hook in hooks.items() if hasattr(hook, "vtp_sample") and name != "defaults"
         }
         weights = "student" if average is None else "ema"
-        return Generator(tokenizer, average, names=self.names, hooks=kept, weights=weights)
+        weak = self._weak()
+        return Generator(tokenizer, average, names=self.names, hooks=kept, weak=weak, weights=weights)
+
+    @functools.cache  # noqa: B019 - one object a run
+    def _weak(self) -> Any:
+        """The weaker generator that guidance compares with, read once."""
+        weak = self.engine.model.stack.sampler.weak
+        device = str(self.engine.device)
+        return None if weak is None else Generator.from_pretrained(weak, device=device).network
+
+    def check(self) -> None:
+        """See that the stack's sampler will work at the run's end.
+
+        Raises:
+            StackFault: guidance or reuse that this generator cannot have.
+        """
+        generator = self.generator(self._tokenizer()[0])
+        if generator is None or generator.sampler.kind != "path":
+            return
+        model, guidance = self.engine.model, generator.field().guidance
+        if guidance is not None and guidance.use == "cfg" and not model.drop_condition:
+            raise StackFault(
+                "sampler.guidance: the null condition would never be trained; set generator.drop_condition=0.1"
+            )
+        if model.stack.sampler.reuse is not None:
+            generator.latents(1, standardized=True)  # whether there is a state, and steps enough
 
     def _tokenizer(self) -> tuple[Tokenizer, Bench]:
         """The live modules as a tokenizer, and the data beside it."""

@@ -81,12 +81,6 @@ class Training:
         self.metrics, self.readings = JsonLines(self.directory.metrics), JsonLines(self.directory.probes)
         self.engine.run_path = self.directory.path
         self.saver = Saver(self.directory, self.keys.keep)
-        try:
-            self.start = self._restore() if resume else 0
-            adopting.check_latents(self.model, dataset)
-        except BaseException:
-            self.directory.close()  # or this process could not open it again
-            raise
         self.stopping = Stopping()
         names = dataset.names.get(self.model.condition or "", ())
         self.measuring = Measuring(
@@ -98,6 +92,13 @@ class Training:
             exporters,
             names,
         )
+        try:
+            self.start = self._restore() if resume else 0
+            adopting.check_latents(self.model, dataset)
+            self.measuring.check()
+        except BaseException:
+            self.directory.close()  # or this process could not open it again
+            raise
         self.inside = 0  # the step in progress; between steps 0, and what is in memory may be saved
         self.report: Path | None = None
 

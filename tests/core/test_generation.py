@@ -144,6 +144,35 @@ def test_captions_condition_through_what_the_tokenizer_exports(tokenizer: Path, 
         found.label("country flag")
 
 
+def test_a_generator_needs_no_condition(tokenizer: Path, tmp_path: Path) -> None:
+    path = trained(
+        tokenizer, tmp_path, "generator.condition=null", "generator.drop_condition=0", "sampler.guidance=null"
+    )
+    found = Generator.from_pretrained(path)
+    assert found.spec.condition == ""
+    assert found.sample(2, seed=1).shape == (2, 3, 32, 32)
+    with pytest.raises(StackFault, match="conditioned on nothing, not on labels"):
+        found.sample(1, labels=[0])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (("generator.condition=null",), "no condition"),
+        (("generator.drop_condition=0",), "null condition would never be trained"),
+        (("sampler.guidance={scal: 2}",), "did you mean 'scale'"),
+        (("sampler.reuse={keep: 9}",), "reuse"),
+        (("sampler.guidance={use: auto, scale: 2}",), "weak"),
+    ],
+)
+def test_a_sampler_that_cannot_work_is_refused_before_training(
+    tokenizer: Path, tmp_path: Path, changes: tuple[str, ...], message: str
+) -> None:
+    with pytest.raises(StackFault, match=message):
+        trained(tokenizer, tmp_path, *changes)
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
 def test_a_hook_can_wrap_sampling(tokenizer: Path, tmp_path: Path) -> None:
     plugin = tmp_path / "hook.py"
     plugin.write_text(

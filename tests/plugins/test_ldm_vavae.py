@@ -120,7 +120,11 @@ def entries(row: dict[str, float]) -> dict[str, float]:
         "vf_loss": sum_of("align/"), "vf_weight": row["weight/align"],
     }  # fmt: skip
     if "gan/fooled" in row:
-        found |= {"g_loss": row["gan/fooled"], "d_weight": row["weight/gan"], "disc_loss": sum_of("gan/critic_")}
+        found |= {
+            "g_loss": row["gan/fooled"],
+            "d_weight": row["weight/gan"],
+            "disc_loss": sum_of("gan/critic_"),
+        }
     return found
 
 
@@ -194,7 +198,14 @@ STEPS: dict[str, dict[str, Any]] = {
     "only_distmat": VARIANTS["distmat_only"],
     "pp_style": MEANS,
 }
-ATOL = {"total_loss": 5e-3, "kl_loss": 2e-4, "nll_loss": 5e-3, "g_loss": 5e-6, "vf_loss": 5e-6, "disc_loss": 5e-6}
+ATOL = {
+    "total_loss": 5e-3,
+    "kl_loss": 2e-4,
+    "nll_loss": 5e-3,
+    "g_loss": 5e-6,
+    "vf_loss": 5e-6,
+    "disc_loss": 5e-6,
+}
 ATOL |= {"d_weight": 2e-3, "vf_weight": 2e-3}
 GRADS = {"encoder.conv_out.weight": 5e-3, "decoder.conv_out.weight": 5e-3, "linear_proj.weight": 2e-5}
 
@@ -219,4 +230,3 @@ def test_a_step_with_a_given_perceptual_distance_is_the_published_one(step: str)
             assert (grad - stored[f"out.{step}.grad.{name}"]).abs().max() <= limit, name
             checked += 1
     assert checked >= 1
-
