@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 import io
-from collections.abc import Hashable
+import re
+from collections.abc import Hashable, Set
 from typing import Any, cast
 
 from rich.console import Console
@@ -15,6 +16,8 @@ from vtp_core.costs import Costs, as_json, cost
 from vtp_core.stack import Stack
 from vtp_plugins.protocols import Dataset
 from vtp_plugins.registry import Entry
+
+_ARGUMENT = re.compile(r"^    (\w+): ", re.MULTILINE)  # as a docstring's Args names one
 
 
 class PlanPage:
@@ -120,9 +123,11 @@ def show(entry: Entry, dial: str = "tiny") -> str:
     """One installed component: what it is, its options with defaults, what it reads."""
     loaded = entry.load()
     lines = [f"{entry.kind} {entry.name}   {entry.target}   {entry.distribution}", ""]
-    lines += [inspect.getdoc(loaded) or "(no docstring)", ""]
-    if inspect.isclass(loaded):
+    if not inspect.isclass(loaded):
+        lines += [inspect.getdoc(loaded) or "(no docstring)", ""]
+    else:
         schema, modules = schema_of(cast("Hashable", loaded))
+        lines += [documentation(loaded, {*schema.model_fields, *modules}), ""]
         defaults = dial_options(loaded, dial)
         lines.append("options:")
         for name, field in schema.model_fields.items():
@@ -140,6 +145,17 @@ def show(entry: Entry, dial: str = "tiny") -> str:
         lines += _needs(loaded)
         lines += ["", f"source: {inspect.getsourcefile(loaded)}"]
     return "\n".join(lines)
+
+
+def documentation(cls: type, options: Set[str]) -> str:
+    """A class's docstring and, of its bases', those that explain options that it leaves to them."""
+    texts = [inspect.getdoc(cls) or "(no docstring)"]
+    for base in cls.__mro__[1:]:
+        missing = options - set(_ARGUMENT.findall("\n".join(texts)))
+        text = inspect.cleandoc(vars(base).get("__doc__") or "")
+        if missing & set(_ARGUMENT.findall(text)):
+            texts.append(text)
+    return "\n\n".join(texts)
 
 
 def _kind(annotation: Any) -> str:

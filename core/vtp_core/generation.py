@@ -14,7 +14,7 @@ from vtp_core.build import Model, blueprint, build, without_training
 from vtp_core.clock import StepClock
 from vtp_core.components import resolve
 from vtp_core.conditions import Conditions
-from vtp_core.errors import DataFault, StackFault
+from vtp_core.errors import DataFault, Fault, StackFault
 from vtp_core.hooks import manager_of
 from vtp_core.run.names import names_of
 from vtp_core.samplers.field import Field
@@ -182,6 +182,8 @@ class Generator:
 
         try:
             z: Tensor = self.relay.vtp_sample(call=call, shape=shape)
+        except Fault:
+            raise
         except (ValueError, LookupError) as error:
             raise StackFault(f"sampler: {error}") from error
         if z.shape != shape:

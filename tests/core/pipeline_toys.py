@@ -37,7 +37,7 @@ objectives: {{rebuild: {{}}}}
 {REST}""",
     "generator.yaml": f"""
 tokenizer: {{frozen: [encoder, bottleneck, decoder]}}
-generator: {{use: denoiser, path: {{use: straight}}, condition: label, drop_condition: 0.1}}
+generator: {{use: denoiser, path: {{use: linear}}, condition: label, drop_condition: 0.1}}
 objectives: {{drift: {{}}}}
 {REST}""",
     "chain.yaml": """

@@ -133,12 +133,15 @@ def divergence(mean: Tensor, log_variance: Tensor, **options: Any) -> Tensor:
     return KL(Spec(), **options)(got, CLOCK)["divergence"]
 
 
-def test_the_divergence_in_both_conventions() -> None:
+def test_the_draw_and_its_divergence_in_both_conventions() -> None:
     values = stored("ldm_vae", "vae")
     mean, log_variance = tokens(values["out.mean"]), tokens(values["out.logvar"])
     for row in range(2):
         ours = divergence(mean[row : row + 1], log_variance[row : row + 1])
         assert far(ours, values["out.kl"][row]) <= 1e-3
+    link = Gaussian(Spec(width=8), channels=4, project=False).train()
+    drawn = link(torch.cat([mean, log_variance], -1), Given(tokens(values["in.noise"])))["latent.sample"]
+    assert far(drawn, tokens(values["out.sample"])) <= 1e-4
     bare = divergence(mean, log_variance, reduction="mean", half=False)
     assert far(bare, values["out.kl_no_sum"].mean()) <= 5e-6
     published = stored("repa_vavae", "vavae")

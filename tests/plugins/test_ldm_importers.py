@@ -55,7 +55,7 @@ def test_every_layout_is_refused_by_the_others() -> None:
         theirs = family.to_theirs(weights(SECTIONS), SECTIONS)
         for other, reader in families.items():
             if other != name:
-                with pytest.raises(ValueError, match="tensors|multiples"):
+                with pytest.raises(ValueError, match=r"tensors|multiples"):
                     reader.to_ours(theirs, image_size=16)
 
 

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from rig import built, gradients, stack_of
 from safetensors.torch import load_file
 from torch import Tensor

@@ -77,6 +77,18 @@ def test_distances_are_those_by_hand() -> None:
     torch.testing.assert_close(pixel["l1"], ((decoded - aim) * DEVIATION).abs().mean())
 
 
+def test_sums_count_every_number_and_lpips_with_each() -> None:
+    decoded, aim = torch.randn(1, 2, 3, 64, 64), torch.randn(1, 2, 3, 64, 64)
+    kinds: Any = {"space": "signed", "l2": 0.5, **RANDOM}
+    mean = Reconstruction(Spec(), **kinds)(got_of(decoded, aim), CLOCK)
+    off = 2 * (decoded - aim) * DEVIATION  # in [-1, 1]
+    torch.testing.assert_close(mean["l1"], off.abs().mean())
+    torch.testing.assert_close(mean["l2"], 0.5 * off.square().mean())
+    total = Reconstruction(Spec(), reduction="sum", **kinds)(got_of(decoded, aim), CLOCK)
+    torch.testing.assert_close(total["l1"], off.abs().sum() / 2)
+    torch.testing.assert_close(total["lpips"], 3 * 64 * 64 * mean["lpips"])
+
+
 def test_only_weighted_distances_are_computed() -> None:
     x = torch.randn(1, 2, 3, 64, 64)
     assert set(Reconstruction(Spec(), l1=0.0, **RANDOM)(got_of(x, x), CLOCK)) == {"lpips"}

@@ -51,7 +51,7 @@ class ViT(nn.Module):
     """An encoder of any signal on a grid whose size is a multiple of the patch.
 
     Outputs: ``cls`` and ``patches`` after the final norm, ``patches@NAME`` likewise at selected places, and
-    ``hidden:k``, the patch tokens after block k without the final norm.
+    ``hidden:k`` and ``hidden.cls:k``, patch tokens and CLS token after block k without the final norm.
 
     Args:
         spec: modality, channels and number of axes of the signal.
@@ -156,8 +156,7 @@ class ViT(nn.Module):
             if level == self.depth:
                 return out | self._last(tokens, tables, want, select or {}, kept, scale)
             tokens = self._block(level)(tokens, tables, kept, scale)
-            if f"hidden:{level}" in want:
-                out[f"hidden:{level}"] = tokens[: want[f"hidden:{level}"], 1:]
+            out |= _hidden(tokens, level, want)
         return out
 
     def _rows(self, want: Mapping[str, int]) -> list[int]:
@@ -171,13 +170,13 @@ class ViT(nn.Module):
 
     def _level(self, output: str) -> int:
         name, _, block = output.partition(":")
-        if name == "hidden" and block.isdecimal() and 1 <= int(block) <= self.depth:
+        if name in {"hidden", "hidden.cls"} and block.isdecimal() and 1 <= int(block) <= self.depth:
             return int(block)
         if output in {"cls", "patches"} or output.startswith("patches@"):
             return self.depth
         raise LookupError(
-            f"the encoder has no output {output!r}; it gives cls, patches, patches@MASK "
-            f"and hidden:k, k up to {self.depth}"
+            f"the encoder has no output {output!r}; it gives cls, patches, patches@MASK, "
+            f"hidden:k and hidden.cls:k, k up to {self.depth}"
         )
 
     def _embed(self, x: Tensor, mask: Tensor | None) -> Tensor:
@@ -205,14 +204,12 @@ class ViT(nn.Module):
         scale: float,
     ) -> dict[str, Tensor]:
         """Outputs of the last block: whole rows as far as patches are read, single tokens beyond."""
-        block, hidden = self._block(self.depth), f"hidden:{self.depth}"
-        whole, count = max(want.get("patches", 0), want.get(hidden, 0)), tokens.shape[1]
-        out: dict[str, Tensor] = {}
+        block, count = self._block(self.depth), tokens.shape[1]
+        whole = max(want.get(o, 0) for o in ("patches", f"hidden:{self.depth}", f"hidden.cls:{self.depth}"))
         full = tokens[:0]
         if whole:
             full = block(tokens[:whole], tables, None if keep is None else keep[:whole], scale)
-        if hidden in want:
-            out[hidden] = full[: want[hidden], 1:]
+        out = _hidden(full, self.depth, want)
         if "patches" in want:
             out["patches"] = self.norm(full[: want["patches"], 1:])
         reads = self._reads(want, select, count, tokens.device)
@@ -249,6 +246,12 @@ class ViT(nn.Module):
         block = self.blocks[level - 1]
         assert isinstance(block, Block)
         return block
+
+
+def _hidden(tokens: Tensor, level: int, want: Mapping[str, int]) -> dict[str, Tensor]:
+    """What is wanted of the tokens (R, 1 + N, D) after a block."""
+    found = {f"hidden:{level}": tokens[:, 1:], f"hidden.cls:{level}": tokens[:, 0]}
+    return {output: x[: want[output]] for output, x in found.items() if output in want}
 
 
 def _beyond(output: str, at: Tensor, whole: int, tokens: Tensor) -> Tensor:

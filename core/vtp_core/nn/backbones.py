@@ -147,7 +147,7 @@ _VITS = {
 }
 VIT_TAPS = (12, 3, 6, 9, 12)  # the last block first, and again as a quarter (RAE)
 VIT_SIDE = 224
-LITE0_TAPS = (5, 11)
+LITE0_TAPS = (3, 5, 11)
 NAMES = ("lite0", *_VITS, "random")
 
 

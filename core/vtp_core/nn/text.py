@@ -56,10 +56,20 @@ class Tokens:
 
 
 def build_tower(
-    width: int, depth: int, heads: int, context: int, embedding: int, vocabulary: int
+    width: int,
+    depth: int,
+    heads: int,
+    context: int,
+    embedding: int,
+    vocabulary: int,
+    *,
+    mlp_ratio: float = 4.0,
+    layer_scale: float | None = None,
+    quick_gelu: bool = False,
+    projection_bias: bool = False,
 ) -> nn.Module:
     """open_clip's text transformer with its own key names, freshly drawn."""
-    from open_clip.transformer import TextTransformer
+    from open_clip.transformer import QuickGELU, TextTransformer
 
     tower: nn.Module = TextTransformer(
         context_length=context,
@@ -68,6 +78,10 @@ def build_tower(
         heads=heads,
         layers=depth,
         output_dim=embedding,
+        mlp_ratio=mlp_ratio,
+        ls_init_value=layer_scale or None,
+        act_layer=QuickGELU if quick_gelu else nn.GELU,
+        proj_bias=projection_bias,
     )
     return tower
 

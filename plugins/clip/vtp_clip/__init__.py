@@ -36,6 +36,10 @@ class Clip(Objective):
         embedding: E, width of the common space.
         vocabulary: entries of the token table. 49,408 is CLIP's whole BPE; fewer keep its first merges,
             so that rare words take more tokens.
+        mlp_ratio: hidden width of the text tower's feed-forwards over ``width``.
+        layer_scale: initial factor of its residual branches; None has none.
+        quick_gelu: x sigmoid(1.702 x) for GELU, as OpenAI's weights want it.
+        projection_bias: add a bias to the text's projection.
     """
 
     exports = ("embed_image", "embed_text")
@@ -56,6 +60,10 @@ class Clip(Objective):
         context: int = 77,
         embedding: int = 768,
         vocabulary: int = VOCABULARY,
+        mlp_ratio: float = 4.0,
+        layer_scale: float | None = None,
+        quick_gelu: bool = False,
+        projection_bias: bool = False,
     ) -> None:
         super().__init__()
         self.coupled = True
@@ -64,7 +72,10 @@ class Clip(Objective):
         self.views = {"tokens": self.tokens}
         if view == "image":
             self.views["image"] = Plain(spec)
-        self.text = build_tower(width, depth, heads, context, embedding, vocabulary)
+        self.text = build_tower(
+            width, depth, heads, context, embedding, vocabulary, mlp_ratio=mlp_ratio,
+            layer_scale=layer_scale, quick_gelu=quick_gelu, projection_bias=projection_bias,
+        )  # fmt: skip
         self.project = nn.Linear(spec.width_of(on), embedding, bias=False)
         nn.init.normal_(self.project.weight, std=spec.width_of(on) ** -0.5)
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07 if loss == "softmax" else 10.0)))

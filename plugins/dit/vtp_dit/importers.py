@@ -7,18 +7,22 @@ bytetriper/RAE, MCG-NJU/DDT. State dicts are those of the network alone.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from vtp_dit import layouts
+from vtp_dit import layouts, published
 from vtp_dit.layouts import Layout, Part
+from vtp_dit.published import Setting
 from vtp_dit.reading import Reading, shape_in
+from vtp_plugins.importing import Converted, check_tensors
 from vtp_plugins.spec import Spec
 
 _CLOSE = 1e-5
+_TOKENS = 16  # along a side of a picture, where no table tells: 256 pixels in every publication
+_BN_EPS = 1e-4  # of REPA-E's latent statistics
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +34,9 @@ class Family:
         layout: names and row orders.
         fixed: options that shapes don't tell.
         streams: streams of blocks.
+        setting: path and sampler of the publication.
         elsewhere: prefixes of tensors that belong to others: projectors, latent statistics.
+        holders: names or prefixes under which files keep the network.
     """
 
     generator: str
@@ -38,6 +44,52 @@ class Family:
     fixed: Mapping[str, Any]
     streams: int = 1
     elsewhere: tuple[str, ...] = ()
+    setting: Setting = field(default_factory=Setting)
+    holders: tuple[str, ...] = ()
+
+    def convert(
+        self,
+        tensors: Mapping[str, Tensor],
+        *,
+        heads: int | None = None,
+        head_heads: int | None = None,
+        encoder_blocks: int | None = None,
+        patch: int | None = None,
+        grid: tuple[int, ...] | None = None,
+        flip: bool | None = None,
+    ) -> Converted:
+        """The generator with its path and the sampler of its publication.
+
+        Args:
+            tensors: the network's state dict, perhaps with :meth:`others`; latent statistics among them are kept.
+            heads: of unpublished widths.
+            head_heads: of the head of ``ddt`` and ``dit_dh``, likewise.
+            encoder_blocks: of DDT in unpublished widths.
+            patch: of DDT, where it isn't 2.
+            grid: cells of the latent, where the weights hold no table of positions.
+            flip: overrules the family's direction of time.
+
+        Raises:
+            ValueError: as :meth:`to_ours`.
+        """
+        given = {
+            "heads": heads, "head_heads": head_heads, "encoder_blocks": encoder_blocks, "patch": patch,
+            "flip": flip,
+        }  # fmt: skip
+        options, found = self.to_ours(tensors, **{k: v for k, v in given.items() if v is not None})
+        cells = options.pop("grid", None) or grid or (_TOKENS * options["patch"],) * 2
+        if options["positions"] == "learned":
+            options["grid"] = list(cells)
+        spec, others = self.spec_of(found, options), self.others(tensors)
+        setting = published.RAE if options["time"] == "fourier" else self.setting
+        return Converted(
+            sections=setting.sections({"use": self.generator, **options}),
+            parts={"generator": found},
+            statistics=_statistics(others),
+            latent=(spec.channels, *cells),
+            classes=spec.classes,
+            left=tuple(name for name in others if not name.startswith("bn.")),
+        )
 
     def to_ours(
         self, tensors: Mapping[str, Tensor], **known: Any
@@ -112,15 +164,18 @@ class Family:
         return channels, shape_in(tensors, "y_embedder.embedding_table.weight")[0] - 1
 
 
+def _statistics(others: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Mean and std of the latent off the batch norm that REPA-E trains with; empty without one."""
+    if "bn.running_mean" not in others:
+        return {}
+    std = (others["bn.running_var"].double() + _BN_EPS).sqrt().float()
+    return {"mean": others["bn.running_mean"].float(), "std": std}
+
+
 def _check(tensors: Mapping[str, Tensor], parts: list[Part], constants: Mapping[str, Tensor]) -> None:
     """Names, shapes and constants are what they should be."""
     shapes = {part.theirs: part.shape for part in parts} | {k: tuple(v.shape) for k, v in constants.items()}
-    _refuse({name: tensors[name].shape for name in tensors.keys() - shapes.keys()}, "unknown")
-    _refuse({name: shapes[name] for name in shapes.keys() - tensors.keys()}, "missing")
-    other = {
-        name: tensors[name].shape for name, shape in shapes.items() if tuple(tensors[name].shape) != shape
-    }
-    _refuse(other, "of another shape")
+    check_tensors({name: tuple(tensor.shape) for name, tensor in tensors.items()}, shapes)
     for name, table in constants.items():
         limit = max(_CLOSE, float(torch.finfo(tensors[name].dtype).eps))
         if not torch.allclose(tensors[name].float(), table, rtol=0, atol=limit):
@@ -134,10 +189,12 @@ def _refuse(found: Mapping[str, tuple[int, ...]], what: str) -> None:
 
 
 _FORWARD = {"flip": False}
-DIT = Family("dit", layouts.DIT, {"timesteps": 1000, **_FORWARD})
-SIT = Family("sit", layouts.DIT, {"flip": True})
-REPA = Family("sit", layouts.DIT, _FORWARD, elsewhere=("projectors.", "bn."))
-LIGHTNINGDIT = Family("lightningdit", layouts.DIT, {"flip": True})
-DDT = Family("ddt", layouts.DDT, {"flip": True, "max_period": 10.0}, streams=2, elsewhere=("proj.",))
-DDT_FLAT = Family("lightningdit", layouts.DDT, {"flip": True, "max_period": 10.0}, elsewhere=("proj.",))
-DIT_DH = Family("dit_dh", layouts.DIT_DH, _FORWARD, streams=2)
+_TURNED = {"flip": True, "max_period": 10.0}
+_HOLDERS = ("ema_denoiser", "denoiser")
+DIT = Family("dit", layouts.DIT, {"timesteps": 1000, **_FORWARD}, setting=published.DIT)
+SIT = Family("sit", layouts.DIT, {"flip": True}, setting=published.SIT)
+REPA = Family("sit", layouts.DIT, _FORWARD, elsewhere=("projectors.", "bn."), setting=published.REPA)
+LIGHTNINGDIT = Family("lightningdit", layouts.DIT, {"flip": True}, setting=published.LIGHTNINGDIT)
+DDT = Family("ddt", layouts.DDT, _TURNED, 2, ("proj.",), published.DDT, _HOLDERS)
+DDT_FLAT = Family("lightningdit", layouts.DDT, _TURNED, 1, ("proj.",), published.DDT, _HOLDERS)
+DIT_DH = Family("dit_dh", layouts.DIT_DH, _FORWARD, 2, setting=published.RAE)

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from vtp_ldm.layers import EPS, Level, Middle
 from vtp_ldm.shape import SIZES, Range, Signed, check_picture, shape_of
 from vtp_plugins.clock import Clock
+from vtp_plugins.errors import StackFault
 from vtp_plugins.spec import Spec
 
 Count = Annotated[int, Field(gt=0)]
@@ -103,8 +104,8 @@ class CNNEncoder(nn.Module):
         """Features of x (B, ch, H, W); arguments as in :class:`vtp_plugins.protocols.Encoder`.
 
         Raises:
-            ValueError: a mask or a drop-path rate, which this network has no use for, or another signal.
-            LookupError: an output that it doesn't give.
+            StackFault: a mask or a drop-path rate, which this network has no use for, or another output.
+            ValueError: another signal.
         """
         want = {"cls": len(x), "patches": len(x)} if want is None else want
         self._refuse(x, want, mask, drop)
@@ -123,11 +124,11 @@ class CNNEncoder(nn.Module):
         self._check(tuple(x.shape[2:]))
         for output in want:
             if output not in {"cls", "patches"} and not output.startswith("patches@"):
-                raise LookupError(f"encoder ldm_cnn has no output {output!r}; it gives cls and patches")
+                raise StackFault(f"encoder ldm_cnn has no output {output!r}; it gives cls and patches")
         if mask is not None:
-            raise ValueError("encoder ldm_cnn has no mask token; masked objectives need encoder: {use: vit}")
+            raise StackFault("encoder ldm_cnn has no mask token; masked objectives need encoder: {use: vit}")
         if drop:
-            raise ValueError(f"encoder ldm_cnn has no drop-path; leave the objective's drop: {drop} out")
+            raise StackFault(f"encoder ldm_cnn has no drop-path; leave the objective's drop: {drop} out")
 
 
 class CNNDecoder(nn.Module):
@@ -203,7 +204,7 @@ class CNNDecoder(nn.Module):
         if z.ndim != 4 or z.shape[1] != self.channels:
             raise ValueError(f"the decoder reads (B, {self.channels}, h, w), not {tuple(z.shape)}")
         for output in want - {"decoded"}:
-            raise LookupError(f"decoder ldm_cnn has no output {output!r}; it gives decoded")
+            raise StackFault(f"decoder ldm_cnn has no output {output!r}; it gives decoded")
         h = self.mid(self.conv_in(z if self.post_quant_conv is None else self.post_quant_conv(z)))
         for level in reversed(self.up):
             h = level(h)

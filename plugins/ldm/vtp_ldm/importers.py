@@ -19,6 +19,7 @@ from vtp_ldm import layouts
 from vtp_ldm.cnn import CNNDecoder, CNNEncoder
 from vtp_ldm.gaussian import Gaussian
 from vtp_ldm.layouts import Layout
+from vtp_plugins.importing import Converted, check_tensors
 from vtp_plugins.spec import Spec
 
 Sections = Mapping[str, Mapping[str, Any]]
@@ -35,6 +36,17 @@ class Family:
 
     layout: Layout
     elsewhere: tuple[str, ...] = ("\n",)
+
+    def convert(
+        self,
+        tensors: Mapping[str, Tensor],
+        *,
+        image_size: int | tuple[int, int] = 256,
+        groups: int = 32,
+    ) -> Converted:
+        """The tokenizer; arguments and errors as of :meth:`to_ours`."""
+        sections, found = self.to_ours(tensors, image_size=image_size, groups=groups)
+        return Converted(sections, {"tokenizer": found}, left=tuple(self.others(tensors)))
 
     def to_ours(
         self, tensors: Mapping[str, Tensor], *, image_size: int | Sequence[int] = 256, groups: int = 32
@@ -54,14 +66,10 @@ class Family:
         shapes = shapes_of(sections)
         levels = len(sections["encoder"]["multipliers"])
         names = {ours: self.layout.name(ours, levels) for ours in shapes}
-        _refuse(own.keys() - names.values(), "unknown")
-        _refuse(names.values() - own.keys(), "missing")
-        other = [
-            f"{name} {tuple(own[name].shape)}"
-            for ours, name in names.items()
-            if tuple(own[name].shape) != self.layout.shape(ours, shapes[ours])
-        ]
-        _refuse(other, "of another shape")
+        check_tensors(
+            {name: tuple(tensor.shape) for name, tensor in own.items()},
+            {name: self.layout.shape(ours, shapes[ours]) for ours, name in names.items()},
+        )
         return sections, {ours: own[name].reshape(shapes[ours]).clone() for ours, name in names.items()}
 
     def to_theirs(self, tensors: Mapping[str, Tensor], sections: Sections) -> dict[str, Tensor]:

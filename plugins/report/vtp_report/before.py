@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from vtp_plugins.protocols import Bench
 
-SHARE = 3 / 8  # of a side that a crop shows
+SHARE = 1 / 2  # of a side that a crop shows
 
 
 @dataclass(frozen=True, slots=True)
