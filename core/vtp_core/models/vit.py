@@ -176,7 +176,7 @@ class ViT(nn.Module):
             return self.depth
         raise LookupError(
             f"the encoder has no output {output!r}; it gives cls, patches, patches@MASK, "
-            f"hidden:k and hidden.cls:k, k up to {self.depth}"
+            f"hidden.cls:k and hidden:k, k up to {self.depth}"
         )
 
     def _embed(self, x: Tensor, mask: Tensor | None) -> Tensor:
