@@ -70,7 +70,10 @@ class Objective(nn.Module):
         raise NotImplementedError
 
     def settle(self, clock: Clock) -> None:
-        """Merge ``pending`` into buffers; called once a step, after the finite check, before the optimizers."""
+        """Merge ``pending`` into buffers; called once a step, after the finite check, before the optimizers.
+
+        Once more after a critic's turn on fresh input, and where the critic alone has begun.
+        """
         self.pending.clear()
 
 

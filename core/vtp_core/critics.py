@@ -129,6 +129,7 @@ class Critics:
                     f"step {self._step}: the fresh critic of objectives.{name} is not finite and has not "
                     f"moved: {found}"
                 )
+            self.adversaries[name].settle(clock)  # what it left would be lost at a checkpoint
             self._move(name, norms)
             row |= found
         return row

@@ -5,6 +5,8 @@ from __future__ import annotations
 import inspect
 import io
 import re
+import types
+import typing
 from collections.abc import Hashable, Set
 from typing import Any, cast
 
@@ -159,6 +161,18 @@ def documentation(cls: type, options: Set[str]) -> str:
 
 
 def _kind(annotation: Any) -> str:
+    """A type as people write it; what pydantic checks beside it is told by the message of a refusal."""
+    origin, parts = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is typing.Annotated:
+        return _kind(parts[0])
+    if origin in {typing.Union, types.UnionType}:
+        return " | ".join(map(_kind, parts))
+    if origin is typing.Literal:
+        return " | ".join(map(repr, parts))
+    if inspect.isclass(origin):
+        return f"{origin.__name__}[{', '.join('...' if part is ... else _kind(part) for part in parts)}]"
+    if annotation is type(None):
+        return "None"
     return annotation.__name__ if inspect.isclass(annotation) else str(annotation).replace("typing.", "")
 
 

@@ -129,7 +129,7 @@ class Engine:
             self._backward(step_plan, self.layout.micro(inputs, micro), self._clock(micro), losses)
         norms, waiting = self._norms(), self.critics.norms()
         row = {"step": self.steps_done, **self._checked(tally, norms, waiting, step_plan, inputs)}
-        for name in names:
+        for name in (*names, *sorted(step_plan.watchers)):
             self.model.objectives[name].settle(clock.of(name))
         self.optimizers.clip(norms, self.train_keys.max_grad_norm)
         self.optimizers.step(self.steps_done)

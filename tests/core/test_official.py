@@ -16,7 +16,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional as F
 
-from vtp_core.models import official
+from vtp_core.official import keys, stacks
+from vtp_core.official.config import read_config
 from vtp_core.models.bottlenecks import Chain, Linear
 from vtp_core.models.pixels import ViTPixels
 from vtp_core.models.rope import Rope
@@ -38,16 +39,18 @@ class Model:
 
     def __init__(self, name: str, rope: str) -> None:
         folder = GOLDEN / name
-        config = json.loads((folder / "config.json").read_text())
+        config = read_config(folder)
         self.state = load_file(folder / "model.safetensors")
         self.io = load_file(folder / "io.safetensors")
         self.grads = load_file(folder / "grads.safetensors")
-        self.shared = not config["vision_bottleneck_ae_only"]
-        self.pooled = config["vision_clip_feat"] == "pooled"
-        options = official.options(config)
+        self.shared = not config.vision_bottleneck_ae_only
+        self.pooled = config.vision_clip_feat == "pooled"
+        options = stacks.tree_of(config, folder)
+        for node in (options["encoder"], options["bottleneck"], options["decoder"]):
+            del node["use"]
         if rope != "bfloat16":
             options["encoder"]["rope_dtype"] = options["decoder"]["rope_dtype"] = "float32"
-        parts = official.to_ours(self.state)
+        parts = keys.to_ours(self.state)
         self.encoder = ViT(Spec(), **options["encoder"]).eval()
         spec = Spec(width=self.encoder.width, patch=self.encoder.patch)
         self.bottleneck = Chain([Linear(spec, **options["bottleneck"])])
@@ -77,7 +80,7 @@ class Model:
 
     def parameters(self) -> dict[str, Tensor]:
         parts = {p: dict(getattr(self, p).named_parameters()) for p in ("encoder", "bottleneck", "decoder")}
-        return official.from_ours(parts)
+        return keys.from_ours(parts)
 
     def grads_of(self, loss: Tensor) -> dict[str, Tensor]:
         for part in (self.encoder, self.bottleneck, self.decoder):
@@ -87,7 +90,7 @@ class Model:
         for part in ("encoder", "bottleneck", "decoder"):
             named = getattr(self, part).named_parameters()
             parts[part] = {key: value.grad for key, value in named if value.grad is not None}
-        return official.from_ours(parts)
+        return keys.from_ours(parts)
 
 
 @pytest.fixture(scope="module", params=VARIANTS)
@@ -106,9 +109,8 @@ def exact(request: Any) -> Model:
 
 
 def test_the_map_to_our_names_has_an_inverse(model: Model) -> None:
-    towers = ("trunk.", "pixel_decoder.")
-    theirs = {k: v for k, v in model.state.items() if k.startswith(towers) and not k.endswith("periods")}
-    back = official.from_ours(official.to_ours(model.state))
+    theirs = {k: v for k, v in model.state.items() if not k.endswith("periods")}
+    back = keys.from_ours(keys.to_ours(model.state))
     assert back.keys() == theirs.keys()
     assert all(torch.equal(back[key], value) for key, value in theirs.items())
 
@@ -248,7 +250,7 @@ def test_masked_student_tokens_equal_the_training_class(name: str) -> None:
     folder = GOLDEN / name
     config = json.loads((folder / "config.json").read_text())
     state, io = load_file(folder / "weights.safetensors"), load_file(folder / "io.safetensors")
-    parts = official.to_ours(state)
+    parts = keys.to_ours(state)
     options = {
         "width": config["D"],
         "depth": config["depth"],

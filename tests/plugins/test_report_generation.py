@@ -11,17 +11,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from vtp_core.conditions import Conditions
 from vtp_core.errors import StackFault
-from vtp_core.generation import Generator, noise_of
+from vtp_core.generation import noise_of
 from vtp_plugins.spec import Spec
 from vtp_report import before, strips
 from vtp_report.asked import asked
-from vtp_report.charts import probe_curves
 from vtp_report.draws import Draws, embedded
 from vtp_report.generated import grid
-from vtp_report.headline import cards
 from vtp_report.mixing import Between, between
-from vtp_report.numbers import tables
 from vtp_report.pictures import picture
 from vtp_report.record import AbsentError
 from vtp_report.stage import Stage, stage_of
@@ -70,13 +68,15 @@ class Toy:
         self.names, self.condition = (NAMES if kind == "label" else ()), fields.get(kind)
         self.tokenizer: Any = SimpleNamespace(
             device=torch.device("cpu"), spec=self.spec,
-            encode=lambda x: x, decode=lambda z: z * 0.5, embed_text=self.embed_text,
+            encode=lambda x: x, decode=lambda z: z * 0.5,
         )  # fmt: skip
-        self.model, self.sampler = SimpleNamespace(embed=None), SimpleNamespace(kind=sampler)
+        self.sampler = SimpleNamespace(kind=sampler)
         self.scale, self.evaluations, self.protocol = scale, 0, f"toy, scale {scale}"
         self.network = nn.Identity()
-
-    label = Generator.label
+        self.conditions = Conditions(
+            self.spec, self.condition, self.names, self.embed_text, torch.device("cpu")
+        )
+        self.label = self.conditions.label
 
     def embed_text(self, texts: Sequence[str]) -> Tensor:
         angles = torch.tensor([float(NAMES.index(text.split()[-1])) for text in texts]) * math.pi / 2
@@ -287,48 +287,3 @@ def test_a_run_that_is_gone_has_no_before() -> None:
     stage = Stage(source="/nowhere/run", retrained=("decoder",))
     with pytest.raises(AbsentError, match="no longer at /nowhere/run"):
         before.before(stage, None, Bench(), 2, 0)
-
-
-# ---- numbers
-
-
-def row(probe: str, value: float, step: int, n: int = 500) -> dict[str, Any]:
-    return {"step": step, "probe": probe, "split": "train", "value": value, "n": n, "protocol": "how"}
-
-
-READINGS = [
-    reading
-    for step, value in ((10, 900.0), (20, 300.0))
-    for reading in (
-        row("generation/fd_lite0", value, step),
-        row("generation/fd_lite0/floor", 61.0, step, 250),
-        row("generation/fd_lite0/reconstructions", 120.0, step),
-        row("generation/fd_lite0/noise", 2500.0, step),
-        row("generation/kid_lite0", value * 2, step),
-        row("generation/precision_lite0", 0.5, step),
-    )
-]
-
-
-def test_the_distance_of_samples_stands_beside_its_three_yardsticks() -> None:
-    first, second = cards(READINGS)
-    assert (first.label, first.value) == ("samples, FD-lite0", "300")
-    assert first.beside == ["floor 61", "the tokenizer's reconstructions 120", "decoded noise 2,500"]
-    assert second.fill == 0.5
-
-
-def test_distances_fall_over_training_above_floor_and_reconstructions() -> None:
-    curves = probe_curves(READINGS)
-    assert [chart.title for chart in curves.main] == ["generation/fd_lite0", "generation/precision_lite0"]
-    legend = [(entry.name, entry.dashed) for entry in curves.main[0].legend]
-    assert legend == [("train", False), ("floor, train", True), ("reconstructions, train", True)]
-    assert len({entry.slot for entry in curves.main[0].legend[1:]}) == 2
-    assert [chart.title for chart in curves.others] == ["generation/kid_lite0"]
-
-
-def test_the_table_sets_yardsticks_apart() -> None:
-    (table,) = tables(READINGS)
-    assert [(line.metric, line.yardstick) for line in table.lines] == [
-        ("fd_lite0", False), ("fd_lite0/floor", True), ("fd_lite0/reconstructions", True),
-        ("fd_lite0/noise", True), ("kid_lite0", False), ("precision_lite0", False),
-    ]  # fmt: skip

@@ -102,3 +102,48 @@ def test_a_chart_takes_its_colours_from_the_page_and_keeps_digits_of_its_ticks()
     assert "#0102" not in svg
     assert re.search(r">0\.0[12]\d*</text>", svg)
     assert "id=" not in re.sub(r'<clipPath id="p\w+"', "", svg)
+
+
+# ---- of samples
+
+
+def sampled(probe: str, value: float, step: int) -> dict[str, Any]:
+    return row(f"generation/{probe}", "train", value, step)
+
+
+SAMPLED = [
+    reading
+    for step, value in ((10, 900.0), (20, 300.0))
+    for reading in (
+        sampled("fd_lite0", value, step),
+        sampled("fd_lite0/floor", 61.0, step),
+        sampled("fd_lite0/reconstructions", 120.0, step),
+        sampled("fd_lite0/noise", 2500.0, step),
+        sampled("kid_lite0", value * 2, step),
+        sampled("precision_lite0", 0.5, step),
+    )
+]
+
+
+def test_the_distance_of_samples_stands_beside_its_three_yardsticks() -> None:
+    first, second = cards(SAMPLED)
+    assert (first.label, first.value) == ("samples, FD-lite0", "300")
+    assert first.beside == ["floor 61", "the tokenizer's reconstructions 120", "decoded noise 2,500"]
+    assert second.fill == 0.5
+
+
+def test_distances_fall_over_training_above_floor_and_reconstructions() -> None:
+    curves = probe_curves(SAMPLED)
+    assert [chart.title for chart in curves.main] == ["generation/fd_lite0", "generation/precision_lite0"]
+    legend = [(entry.name, entry.dashed) for entry in curves.main[0].legend]
+    assert legend == [("train", False), ("floor, train", True), ("reconstructions, train", True)]
+    assert len({entry.slot for entry in curves.main[0].legend[1:]}) == 2
+    assert [chart.title for chart in curves.others] == ["generation/kid_lite0"]
+
+
+def test_the_table_sets_yardsticks_apart() -> None:
+    (table,) = tables(SAMPLED)
+    assert [(line.metric, line.yardstick) for line in table.lines] == [
+        ("fd_lite0", False), ("fd_lite0/floor", True), ("fd_lite0/reconstructions", True),
+        ("fd_lite0/noise", True), ("kid_lite0", False), ("precision_lite0", False),
+    ]  # fmt: skip

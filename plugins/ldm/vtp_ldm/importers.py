@@ -95,11 +95,6 @@ class Family:
         """Tensors that are not the autoencoder's: of its loss, of an alignment."""
         return {name: tensor for name, tensor in tensors.items() if name.startswith(self.elsewhere)}
 
-    @staticmethod
-    def spec_of(sections: Sections) -> Spec:
-        """The least spec to build the decoder from; the other two are built on the way."""
-        return _built(sections)[1]
-
 
 class _Reading:
     """Sections of a stack off the shapes of a checkpoint.
@@ -179,11 +174,11 @@ class _Reading:
 
 def shapes_of(sections: Sections) -> dict[str, tuple[int, ...]]:
     """Shapes of a tokenizer's tensors, by our name."""
-    return {name: tuple(tensor.shape) for name, tensor in _built(sections)[0].state_dict().items()}
+    return {name: tuple(tensor.shape) for name, tensor in _built(sections).state_dict().items()}
 
 
-def _built(sections: Sections) -> tuple[nn.ModuleDict, Spec]:
-    """The tokenizer, without memory, and the spec of its decoder."""
+def _built(sections: Sections) -> nn.ModuleDict:
+    """The tokenizer, without memory."""
     options = {name: {k: v for k, v in node.items() if k != "use"} for name, node in sections.items()}
     with torch.device("meta"):
         encoder = CNNEncoder(Spec(size=(0, 0)), **options["encoder"])
@@ -191,7 +186,7 @@ def _built(sections: Sections) -> tuple[nn.ModuleDict, Spec]:
         bottleneck = Gaussian(spec, **options["bottleneck"])
         spec = replace(spec, channels=bottleneck.channels)
         decoder = CNNDecoder(spec, **options["decoder"])
-    return nn.ModuleDict({"encoder": encoder, "bottleneck": Chain([bottleneck]), "decoder": decoder}), spec
+    return nn.ModuleDict({"encoder": encoder, "bottleneck": Chain([bottleneck]), "decoder": decoder})
 
 
 def _refuse(found: Iterable[str], what: str) -> None:

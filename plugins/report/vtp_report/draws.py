@@ -67,17 +67,14 @@ def opened(run: Path, guided: bool) -> tuple[Any, Any | None]:
 
 
 def embedded(generator: Any, values: Sequence[int | str | None]) -> Tensor | None:
-    """Conditions as the network takes them: labels (n,), or embeddings (n, E) of captions."""
-    import torch
-
-    kind, device = generator.spec.condition, generator.tokenizer.device
+    """Conditions as the network takes them: labels (n,), or embeddings (n, E) of captions, each embedded once."""
+    kind, of = generator.spec.condition, generator.conditions.of
     if kind == "label":
-        return torch.tensor([int(value or 0) for value in values], device=device)
+        return of(len(values), list(values), None, 0)  # type: ignore[no-any-return]
     if kind == "embedding":
-        texts = list(dict.fromkeys(str(value) for value in values))
-        embed = generator.model.embed or generator.tokenizer.embed_text
-        table = embed(texts).to(device)  # (distinct, E)
-        return table[[texts.index(str(value)) for value in values]]  # type: ignore[no-any-return]
+        texts = list(dict.fromkeys(values))
+        table = of(len(texts), None, texts, 0)  # (distinct, E)
+        return table[[texts.index(value) for value in values]]  # type: ignore[no-any-return]
     return None
 
 

@@ -1,0 +1,211 @@
+"""A VTP directory to a stack and checkpoint parts of ours; every tensor is looked at before it is believed."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from torch import Tensor
+
+from vtp_core.errors import DataFault
+from vtp_core.models.rope import Rope
+from vtp_core.official.config import Config, read_config
+from vtp_core.official.hub import located
+from vtp_core.official.keys import CLIP, to_ours
+from vtp_core.official.layout import PERIODS, shapes
+from vtp_core.official.stacks import tree_of
+from vtp_core.stack import Stack
+from vtp_core.statistics import check
+from vtp_plugins.registry import Registry
+
+WEIGHTS = "model.safetensors"
+STATISTICS = "statistics.safetensors"
+"""Ours, beside the weights: what ``vtp latents`` computed."""
+_INDEX = f"{WEIGHTS}.index.json"
+_SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
+_MAX_INDEX = 1 << 24
+_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+_ROWS = 40
+Parts = dict[str, dict[str, Tensor]]
+Problem = tuple[str, str, str, str]
+
+
+def read_official(source: str | Path) -> tuple[Stack, Parts]:
+    """Stack and checkpoint parts of a VTP directory, ``tokenizer``, ``exports/clip`` and perhaps ``statistics``.
+
+    Float32 tensors lie in the file and are read when they are used; narrower ones are widened.
+
+    Args:
+        source: a directory with ``config.json`` and ``model.safetensors``, perhaps in shards with an index; or
+            the id of one on the Hugging Face hub, which ``VTP_OFFLINE=1`` looks for in the local cache alone.
+
+    Raises:
+        DataFault: the config is no VTP's, or tensors are missing, unexpected, of another shape or dtype, all
+            zero or not finite; the message has a table.
+    """
+    path = located(source)
+    config = read_config(path)
+    stack = Stack(path.name, tree_of(config, path), Registry())
+    files = _files(path)
+    wanted = shapes(config)
+    _refuse(path, _misfits(wanted, _headers(files)))
+    state = _tensors(files)
+    _refuse(path, [*_broken(state), *_periods(state, config)])
+    own = to_ours({name: value.float() for name, value in state.items() if not name.endswith(PERIODS)})
+    parts: Parts = {"tokenizer": {}}
+    for part, tensors in own.items():
+        if part == CLIP:
+            parts[f"exports/{CLIP}"] = tensors
+        else:
+            parts["tokenizer"] |= {f"{part}.{key}": value for key, value in tensors.items()}
+    if (path / STATISTICS).is_file():
+        parts["statistics"] = _statistics(path, parts["tokenizer"])
+    return stack, parts
+
+
+# ---- files
+
+
+def _files(path: Path) -> dict[Path, list[str] | None]:
+    """Files of weights, each with the names that the index puts there; None where there is no index."""
+    if (path / WEIGHTS).is_file():
+        return {path / WEIGHTS: None}
+    if not (path / _INDEX).is_file():
+        pickled = [file.name for file in sorted(path.glob("*.bin"))[:1]]
+        why = f"; {pickled[0]} is a pickle, which is not read" if pickled else ""
+        raise DataFault(f"{path} has neither {WEIGHTS} nor {_INDEX}{why}")
+    files: dict[Path, list[str]] = {}
+    for name, file in _weight_map(path / _INDEX).items():
+        files.setdefault(path / file, []).append(name)
+    return {file: names for file, names in sorted(files.items())}
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    """Tensor -> file, both plain names."""
+    try:
+        with index.open("rb") as stream:
+            raw = stream.read(_MAX_INDEX + 1)
+        if len(raw) > _MAX_INDEX:
+            raise ValueError(f"it is larger than {_MAX_INDEX:,} bytes")
+        found = json.loads(raw)["weight_map"]
+        if not found or not all(isinstance(f, str) and _SHARD.fullmatch(f) for f in found.values()):
+            raise ValueError("its weight_map names files other than model-00001-of-00002.safetensors")
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise DataFault(f"{index} cannot be read: {error}") from error
+    return dict(found)
+
+
+def _headers(files: Mapping[Path, list[str] | None]) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Shape and dtype of every tensor; of the data nothing is read."""
+    found: dict[str, tuple[tuple[int, ...], str]] = {}
+    for file, names in files.items():
+        try:
+            with safe_open(file, "pt") as opened:
+                held = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118: it is no mapping
+                own = {name: (tuple(part.get_shape()), str(part.get_dtype())) for name, part in held.items()}
+        except (OSError, SafetensorError) as error:
+            raise DataFault(f"{file} cannot be read: {error}") from error
+        if names is not None and set(names) != set(own):
+            raise DataFault(f"{file} does not hold the tensors that {_INDEX} says")
+        found |= own
+    return found
+
+
+def _tensors(files: Iterable[Path]) -> dict[str, Tensor]:
+    state: dict[str, Tensor] = {}
+    for file in files:
+        try:
+            state |= load_file(file)
+        except (OSError, SafetensorError) as error:
+            raise DataFault(f"{file} cannot be read: {error}") from error
+    return state
+
+
+def _statistics(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    file = path / STATISTICS
+    try:
+        found = load_file(file)
+    except (OSError, SafetensorError) as error:
+        raise DataFault(f"{file} cannot be read: {error}") from error
+    check(found, tensors, str(file), "vtp latents computes those of this one")
+    return found
+
+
+# ---- what can be wrong with tensors
+
+
+def _misfits(
+    wanted: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[tuple[int, ...], str]]
+) -> Iterator[Problem]:
+    for name in [*wanted, *sorted(found.keys() - wanted.keys())]:
+        if name not in found:
+            yield "missing", name, _sides(wanted[name]), "-"
+        elif name not in wanted:
+            yield "unexpected", name, "-", _sides(found[name][0])
+        elif found[name][0] != wanted[name]:
+            yield "shape", name, _sides(wanted[name]), _sides(found[name][0])
+        elif found[name][1] not in _DTYPES:
+            yield "dtype", name, "F32", found[name][1]
+
+
+def _broken(state: Mapping[str, Tensor]) -> Iterator[Problem]:
+    """All zero or not finite. A tower none of whose biases has moved yet is young, not broken."""
+    extremes = {name: torch.aminmax(value) for name, value in state.items()}  # makes nothing of a tensor's size
+    bounds = {name: (float(low), float(high)) for name, (low, high) in extremes.items()}
+    zero = {name for name, bound in bounds.items() if bound == (0, 0)}
+    biases: dict[str, set[str]] = {}
+    for name in state:
+        if name.endswith("bias") and name != "logit_bias":
+            biases.setdefault(_tower(name), set()).add(name)
+    young = {name for names in biases.values() if names <= zero for name in names}
+    for name, (low, high) in bounds.items():
+        shape = _sides(tuple(state[name].shape))
+        if not (low > -torch.inf and high < torch.inf):
+            yield "not finite", name, shape, "NaN" if low != low else "inf"
+        elif name in zero and name not in young and name not in {"trunk.mask_token", "logit_bias"}:
+            yield "all zero", name, shape, "0"
+
+
+def _tower(name: str) -> str:
+    first = name.partition(".")[0]
+    return first if first in {"trunk", "pixel_decoder"} else "text"
+
+
+def _periods(state: Mapping[str, Tensor], config: Config) -> Iterator[Problem]:
+    """The periods are constants: others would mean a model that is rotated differently."""
+    for tower, prefix in (("trunk", "vision"), ("pixel_decoder", "decoder")):
+        stored = state.get(f"{tower}.{PERIODS}")
+        if stored is None:
+            continue
+        width, heads = (getattr(config, f"{prefix}_{key}") for key in ("embed_dim", "num_heads"))
+        ours = Rope(width // heads, 2, "bfloat16").periods
+        if not torch.equal(stored.float(), ours.float()):
+            yield "periods", f"{tower}.{PERIODS}", "100^(2i/d) in BF16", "others"
+
+
+def _sides(shape: tuple[int, ...]) -> str:
+    return " x ".join(map(str, shape)) or "scalar"
+
+
+def _refuse(path: Path, problems: Iterable[Problem]) -> None:
+    """Tell all problems in one table.
+
+    Raises:
+        DataFault: there is one.
+    """
+    rows = list(problems)
+    if not rows:
+        return
+    kinds = list(dict.fromkeys(row[0] for row in rows))
+    counts = ", ".join(f"{sum(row[0] == kind for row in rows)} {kind}" for kind in kinds)
+    shown: list[Any] = [("problem", "tensor", "wanted", "found"), *rows[:_ROWS]]
+    wide = [max(len(row[column]) for row in shown) for column in range(4)]
+    lines = ["  ".join(f"{cell:{w}}" for cell, w in zip(row, wide, strict=True)).rstrip() for row in shown]
+    more = [f"... and {len(rows) - _ROWS} more"] if len(rows) > _ROWS else []
+    raise DataFault("\n".join([f"{path}: the tensors do not fit its config.json: {counts}", *lines, *more]))
