@@ -25,8 +25,8 @@ class Converted:
         parts: tensors by checkpoint part: ``tokenizer`` with names ``encoder...``, ``bottleneck.links.0...``
             and ``decoder...``, or ``generator``.
         statistics: ``mean`` and ``std`` of the latent, (C,) or (C, *grid), where the weights hold them.
-        latent: (C, *grid) that a generator makes; empty for a tokenizer, and () for a grid that the weights
-            don't tell.
+        latent: (C, *grid) that a generator makes, (C,) where its weights don't tell a grid; empty for a
+            tokenizer.
         classes: labels that a generator knows.
         left: tensors that were left out, as they belong to others.
     """

@@ -15,7 +15,7 @@ from vtp_core.build import Model
 from vtp_core.errors import DataFault, StackFault
 from vtp_core.run.checkpoint import latest, load
 from vtp_core.stack import Stack
-from vtp_core.state import Parts, load_tokenizer, module_state
+from vtp_core.state import Parts, load_tokenizer, module_state, shadowed, shared_keys
 from vtp_core.statistics import check, digest
 from vtp_core.tokenizer import chosen, exporting, read_run
 
@@ -105,7 +105,11 @@ def exports_of(stack: Stack, source: Earlier) -> dict[str, Mapping[str, Tensor]]
 
 
 def adopt(model: Model, source: Earlier) -> list[str]:
-    """Load the earlier weights into the tokenizer's modules; returns modules that are new.
+    """Load the earlier weights into the tokenizer's modules and into objectives that export something.
+
+    Returns:
+        What is new: modules without earlier weights, objectives with weights that do not go on from earlier
+        ones, and the EMA teacher, which begins as a copy.
 
     Raises:
         StackFault: the weights do not fit the modules that the stack writes.
@@ -121,7 +125,24 @@ def adopt(model: Model, source: Earlier) -> list[str]:
     if statistics and keeps_latents(model) and source.weights == "student":  # an average has others
         check(statistics, tensors, f"{source.path}: the latent statistics", f"vtp resume {source.path}")
         model.statistics = {**statistics, "of": digest(tensors)}
-    return [name for name in modules if name not in known]
+    new = [name for name in modules if name not in known]
+    new += [f"modules.{name}" for name in model.shared] + _begun(model, source)
+    return [*new, "the EMA teacher (a copy)"] if shadowed(model) else new
+
+
+def _begun(model: Model, source: Earlier) -> list[str]:
+    """Load what earlier objectives export; returns objectives that train weights of their own from scratch."""
+    new = []
+    for name, objective in model.objectives.items():
+        shared = shared_keys(model, objective)
+        own = {k: v for k, v in objective.state_dict().items() if not k.startswith(shared)}
+        part = source.parts.get(f"objectives/{name}", source.parts.get(EXPORTS + name, {}))
+        shapes = [{key: value.shape for key, value in tensors.items()} for tensors in (own, part)]
+        if objective.exports and shapes[0] == shapes[1]:
+            objective.load_state_dict(dict(part), strict=False)
+        elif any(p.requires_grad and not n.startswith(shared) for n, p in objective.named_parameters()):
+            new.append(f"objectives.{name}")
+    return new
 
 
 def keeps_latents(model: Model) -> bool:

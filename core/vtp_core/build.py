@@ -31,7 +31,8 @@ class Model:
         settings: the engine's keys of each objective.
         frozen: names of modules that don't train.
         sampler: built, or None.
-        statistics: ``mean`` and ``std`` (C,) that generators see latents through; empty when unknown.
+        statistics: ``mean`` and ``std``, (C,) or (C, *grid), that generators see latents through; empty when
+            unknown.
         condition: raw field that conditions the generator, or None.
         embed: texts to embeddings (n, E), for a generator that is conditioned on texts.
     """
@@ -84,8 +85,10 @@ class Model:
         return z * std + mean
 
     def _moments(self, z: Tensor) -> list[Tensor]:
-        shape = (1, -1, *([1] * (z.ndim - 2)))
-        return [self.statistics[key].to(z).view(shape) for key in ("mean", "std")]
+        found = [self.statistics[key].to(z) for key in ("mean", "std")]
+        if found[0].ndim > 1 and found[0].shape != z.shape[1:]:
+            raise ValueError(f"statistics are of latents {tuple(found[0].shape)}, not {tuple(z.shape[1:])}")
+        return [value.view(*value.shape, *([1] * (z.ndim - 1 - value.ndim))) for value in found]
 
 
 def build(plans: Blueprint, classes: int = 0, condition_width: int = 0) -> Model:

@@ -11,7 +11,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from vtp_core import cli_generation
+from vtp_core import cli_convert, cli_export, cli_generation
 from vtp_core.attribution import translated
 from vtp_core.cli_arguments import AsJson, Overrides, Plugins, RunPath, StackName, registry_of
 from vtp_core.cli_generation import piped, say
@@ -234,6 +234,8 @@ def report(run: RunPath) -> None:
 
 
 cli_generation.add(app)
+cli_convert.add(app)
+cli_export.add(app)
 
 
 @app.command()

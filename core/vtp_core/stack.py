@@ -14,6 +14,8 @@ from omegaconf import OmegaConf
 
 from vtp_core import options
 from vtp_core.errors import DataFault, PluginFault, StackFault, suggestion
+from vtp_core.official.config import is_official
+from vtp_core.official.stacks import official_tree
 from vtp_core.overrides import ENTRIES, merged, read
 from vtp_core.validation import M, validated
 from vtp_plugins.registry import Registry
@@ -98,13 +100,15 @@ def load_stack(source: str | Path, overrides: Iterable[str] = (), registry: Regi
     path = find_stack(str(source), registry)
     if path.parent == Path(source):
         return load_run_stack(path.parent, registry, overrides)
-    from vtp_core.inheriting import inherited  # which reads stacks itself
+    from vtp_core.inheriting import inherited, replaced  # which read stacks themselves
 
-    return check_stack(path.stem, inherited(merged(read(path), overrides), registry), registry)
+    overrides = list(overrides)
+    config = replaced(read(path), overrides, registry)
+    return check_stack(path.stem, inherited(merged(config, overrides), registry), registry)
 
 
 def load_run_stack(run: Path, registry: Registry, overrides: Iterable[str] = (), check: bool = True) -> Stack:
-    """The stack of a run directory, under the name the run was started with.
+    """The stack of a run directory, under the name the run was started with; or of an official VTP directory.
 
     Without ``check`` its names need not be installed: a tokenizer loads without its objectives' plugins.
 
@@ -112,10 +116,14 @@ def load_run_stack(run: Path, registry: Registry, overrides: Iterable[str] = (),
         DataFault: there is no run.
         StackFault: a secret is masked in it; see :func:`load_stack` for the rest.
     """
+    if is_official(run):
+        tree = merged(OmegaConf.create(official_tree(run)), overrides)
+        return (check_stack if check else Stack)(run.name, tree, registry)
     file = run / "stack.yaml"
     if not file.is_file():
         raise DataFault(
-            f"{run} is no run directory: it has no stack.yaml; give a directory that vtp train wrote"
+            f"{run} is no run directory: it has no stack.yaml; give a directory that vtp train or vtp export "
+            "wrote, or an official VTP directory"
         )
     name = _run_name(run)
     tree = merged(read(file), overrides)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor, nn
 
-from vtp_core.build import Model
+from vtp_core.blueprint import Blueprint
+from vtp_core.build import Model, tokenizer_only
 from vtp_core.errors import PluginFault, StackFault
 from vtp_core.planner import LATENT, family
 from vtp_core.teacher import EMATeacher
@@ -58,18 +61,43 @@ def load_modules(model: Model, parts: Parts) -> None:
             raise StackFault(f"{name}: missing {missing}, unexpected {unexpected} in the checkpoint")
 
 
-def load_tokenizer(model: Model, tensors: Mapping[str, Tensor]) -> None:
-    """Encoder, bottleneck and decoder from one part; strict."""
+def loaded_tokenizer(plans: Blueprint, tensors: Mapping[str, Tensor]) -> Model:
+    """A tokenizer with these weights; core's own modules take the tensors themselves, so no second copy is made.
+
+    Raises:
+        StackFault: keys or shapes differ from the stack's modules.
+    """
+    components = [plans.modality, plans.encoder, *plans.links, plans.decoder]
+    # modules of others may keep constants that the meta device would lose
+    own = all(c is None or c.cls.__module__.startswith(f"{__package__}.") for c in components)
+    with torch.device("meta") if own else contextlib.nullcontext():
+        model = tokenizer_only(plans)
+    load_tokenizer(model, tensors, assign=own)
+    return model
+
+
+def load_tokenizer(model: Model, tensors: Mapping[str, Tensor], assign: bool = False) -> None:
+    """Encoder, bottleneck and decoder from one part; strict.
+
+    Args:
+        model: whose modules they are.
+        tensors: by ``encoder...`` and so on.
+        assign: put the tensors themselves into the modules, in the modules' dtypes.
+    """
     for name, module in model.tokenizer_modules().items():
         prefix = f"{name}."
-        _fill(module, {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}, name)
+        own = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+        if assign:
+            dtypes = {key: value.dtype for key, value in module.state_dict().items()}
+            own = {key: value.to(dtypes.get(key, value.dtype)) for key, value in own.items()}
+        _fill(module, own, name, assign=assign)
 
 
 def _fill(
-    module: nn.Module, tensors: Mapping[str, Tensor], where: str, strict: bool = True
+    module: nn.Module, tensors: Mapping[str, Tensor], where: str, strict: bool = True, assign: bool = False
 ) -> tuple[list[str], list[str]]:
     try:
-        found = module.load_state_dict(dict(tensors), strict=strict)
+        found = module.load_state_dict(dict(tensors), strict=strict, assign=assign)
         return list(found.missing_keys), list(found.unexpected_keys)
     except RuntimeError as error:
         lines = str(error).splitlines()[:20]

@@ -11,12 +11,16 @@ import torch
 from torch import Tensor, nn
 
 from vtp_core import options
-from vtp_core.build import Model, blueprint, build, tokenizer_only
+from vtp_core.build import Model, blueprint, build
 from vtp_core.components import resolve
 from vtp_core.errors import DataFault, Fault, StackFault
+from vtp_core.export.native import is_native, read_native
+from vtp_core.official.config import is_official
+from vtp_core.official.hub import is_id, located
+from vtp_core.official.reading import read_official
 from vtp_core.run.checkpoint import latest, load
 from vtp_core.stack import Stack, check_stack, load_run_stack
-from vtp_core.state import load_tokenizer
+from vtp_core.state import loaded_tokenizer
 from vtp_plugins.registry import Registry
 
 if TYPE_CHECKING:
@@ -65,29 +69,33 @@ class Tokenizer(nn.Module):
         self._exporters = exporters or {}
 
     @classmethod
-    def from_pretrained(cls, path: str | Path, weights: str = "student", device: str = "cpu") -> Tokenizer:
-        """Load a tokenizer from a run or an exported directory.
+    def from_pretrained(
+        cls, path: str | Path, weights: str = "student", device: str = "cpu", overrides: Sequence[str] = ()
+    ) -> Tokenizer:
+        """Load a tokenizer from a run, an export or an official VTP directory.
 
         Args:
-            path: a run directory, one of its checkpoints' runs, or an export.
+            path: the directory; or the id of a VTP model on the Hugging Face hub, the one thing that is fetched
+                when it is named (``VTP_OFFLINE=1`` forbids it).
             weights: ``student``, or ``ema`` where the run kept an EMA teacher.
             device: where to put it.
+            overrides: of its stack, such as ``encoder.rope_dtype=float32``, which the release rounds to bfloat16.
 
         Raises:
             DataFault: nothing loadable is there.
             StackFault: the weights do not fit the stack, or the run has no EMA teacher.
         """
-        stack, parts = read_run(Path(path))
-        model = tokenizer_only(blueprint(_bare(stack)))
-        load_tokenizer(model, chosen(parts, weights))
+        stack, parts = read_run(located(path) if is_id(path) else Path(path), overrides)
+        model = loaded_tokenizer(blueprint(bare(stack)), chosen(parts, weights))
         model.statistics = dict(parts.get("statistics", {}))
-        tokenizer = cls(model, lambda: exporters_of(stack, parts, device))
+        kept = {name: part for name, part in parts.items() if name.startswith(("objectives/", "exports/"))}
+        tokenizer = cls(model, lambda: exporters_of(stack, kept, device))
         tokenizer.stack = stack
         return tokenizer.to(device).eval().requires_grad_(False)
 
     @property
     def statistics(self) -> dict[str, Tensor]:
-        """``mean`` and ``std`` of the latent by channel, (C,), and ``count``; empty before a run's end."""
+        """``mean`` and ``std`` of the latent, (C,) or (C, h, w), and what they are of; empty before a run's end."""
         return self.model.statistics
 
     @property
@@ -117,7 +125,9 @@ class Tokenizer(nn.Module):
     def _shifted(self, z: Tensor, forward: bool) -> Tensor:
         if not self.statistics:
             raise DataFault(
-                "the tokenizer has no latent statistics yet; its run's end computes them (vtp resume RUN)"
+                "the tokenizer has no latent statistics yet; its run's end computes them (vtp resume RUN)\n"
+                "where there is no run: vtp latents DIR data.use=... -o LATENTS, and then\n"
+                "vtp export DIR --format native --statistics LATENTS -o OUT puts them beside the weights"
             )
         return self.model.standardise(z) if forward else self.model.restore(z)
 
@@ -129,6 +139,28 @@ class Tokenizer(nn.Module):
         x = self._signal(images)
         found = self.encoder(x, want={"cls": len(x), "patches": len(x)})
         return Features(found["cls"], found["patches"], self._grid(x))
+
+    def intermediate(
+        self, images: Tensor, n: int | Sequence[int] = 1, norm: bool = True
+    ) -> tuple[Features, ...]:
+        """Full-width features after several blocks, in their order.
+
+        Args:
+            images: (B, 3, H, W).
+            n: the last n blocks, or numbers of blocks counted from 0.
+            norm: apply the encoder's final norm to each.
+
+        Raises:
+            ValueError: there is no such block.
+        """
+        x, depth = self._signal(images), self.spec.depth
+        blocks = list(range(depth - n, depth)) if isinstance(n, int) else sorted(n)
+        if not blocks or blocks[0] < 0 or blocks[-1] >= depth:
+            raise ValueError(f"n: {n!r} names no blocks of an encoder of {depth}")
+        names = [(f"hidden.cls:{block + 1}", f"hidden:{block + 1}") for block in blocks]
+        found = self.encoder(x, want={name: len(x) for pair in names for name in pair})
+        last = self.encoder.norm if norm else torch.nn.Identity()
+        return tuple(Features(last(found[cls]), last(found[hidden]), self._grid(x)) for cls, hidden in names)
 
     def embed_image(self, images: Tensor) -> Tensor:
         """Images to L2-normalised embeddings (B, E), by the objective that exports ``embed_image``."""
@@ -167,9 +199,13 @@ class Tokenizer(nn.Module):
         raise LookupError(f"this tokenizer has no {name}; {hint}")
 
 
-def read_run(path: Path) -> tuple[Stack, dict[str, dict[str, Tensor]]]:
-    """Stack and newest valid checkpoint of a run directory or an export."""
-    stack = load_run_stack(path, Registry(), check=False)
+def read_run(path: Path, overrides: Sequence[str] = ()) -> tuple[Stack, dict[str, dict[str, Tensor]]]:
+    """Stack and newest valid checkpoint of a run directory, or of an export or an official VTP directory."""
+    stack = load_run_stack(path, Registry(), overrides, check=False)
+    if is_official(path):
+        return stack, read_official(path)[1]
+    if is_native(path):
+        return stack, read_native(path)
     checkpoint = latest(path / "checkpoints")
     if checkpoint is None:
         raise DataFault(f"{path} has no valid checkpoint yet; run vtp resume {path}")
@@ -177,7 +213,7 @@ def read_run(path: Path) -> tuple[Stack, dict[str, dict[str, Tensor]]]:
     return stack, parts
 
 
-def _bare(stack: Stack) -> Stack:
+def bare(stack: Stack) -> Stack:
     """The stack without what a tokenizer can do without; only these names must be installed."""
     wanted = {"modality", "size", "encoder", "bottleneck", "decoder"}
     kept = {k: v for k, v in stack.config.items() if k in wanted}

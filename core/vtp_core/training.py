@@ -69,6 +69,7 @@ class Training:
         exporters = exporters_of(stack, self.carried, self.device) if self.carried else {}
         self.model = build(plans, *adopting.conditioning(stack, dataset, exporters))
         self.model.embed = adopting.embedding(exporters)
+        self.new = adopting.adopt(self.model, self.source) if self.source else []  # before the teacher's copies
         self.hooks = build_hooks(stack, self.model.spec)
         self.engine = Engine(
             self.model, self.keys, stack.data.batch_size, self.device, self.hooks, dataset.provides
@@ -76,7 +77,6 @@ class Training:
         self.dataset = dataset
         self.probes = {n: c.build(self.model.spec) for n, c in probes.items()}
         check_fields(self.model, dataset)
-        self.new = adopting.adopt(self.model, self.source) if self.source else []
         self.directory = self._open(resume)
         self.metrics, self.readings = JsonLines(self.directory.metrics), JsonLines(self.directory.probes)
         self.engine.run_path = self.directory.path

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import signal
@@ -21,6 +22,7 @@ import os, signal, sys
 from vtp_core.pipeline.running import run_pipeline
 from vtp_plugins.registry import Registry
 def note(line):
+    print(line, flush=True)
     if "latents-00001" in line and sys.argv[1] == "latents":
         os.kill(os.getpid(), signal.SIGKILL)
 run_pipeline(sys.argv[3], sys.argv[4:], Registry([sys.argv[2]]), note)
@@ -46,7 +48,8 @@ def spawn(bench: Bench, where: str, *overrides: str) -> subprocess.Popen[bytes]:
     path = os.pathsep.join(filter(None, sys.path))
     arguments = [where, str(bench.plugin), str(bench.source), f"run.dir={bench.path}", *overrides]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
-    return subprocess.Popen([sys.executable, "-c", COMMAND, *arguments], env=environment)
+    command = [sys.executable, "-c", COMMAND, *arguments]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE)
 
 
 def test_a_pipeline_resumes_bit_for_bit_after_sigkill_in_any_stage(
@@ -56,7 +59,9 @@ def test_a_pipeline_resumes_bit_for_bit_after_sigkill_in_any_stage(
         f"{stage}.hooks={{signal: {{at: 2, sign: {bench.folder / stage}.sign}}}}" for stage in STAGES[::3]
     ]
     for stage, kept in (("tokenizer", 0), ("latents", 2), ("generator", 4)):
-        assert spawn(bench, stage, *hooks).wait() == -signal.SIGKILL
+        with spawn(bench, stage, *hooks) as process:
+            process.communicate()
+        assert process.returncode == -signal.SIGKILL
         assert bench.artefacts[stage] is None
         assert read_record(bench.path / "pipeline.json")["stages"][stage]["status"] == "running"
         assert len(list((bench.path / "latents").glob("latents-0*"))) == kept
@@ -70,15 +75,15 @@ def test_a_pipeline_resumes_bit_for_bit_after_sigkill_in_any_stage(
 def test_a_pipeline_killed_at_random_moments_ends_the_same(
     bench: Bench, undisturbed: dict[str, str | None]
 ) -> None:
-    dice, code = random.Random(0), None
-    for _ in range(60):
-        process = spawn(bench, "anywhere")
-        try:
-            code = process.wait(dice.uniform(3, 12))
-            break
-        except subprocess.TimeoutExpired:
+    dice, code = random.Random(0), -signal.SIGKILL
+    while code == -signal.SIGKILL:
+        with spawn(bench, "anywhere") as process:
+            assert process.stdout is not None
+            process.stdout.readline()  # imports take longer than some stages
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.communicate(timeout=dice.uniform(0, 6))
             process.kill()
-            process.wait()
+            code = process.wait()
     assert (code, bench.artefacts) == (0, undisturbed)
 
 

@@ -16,6 +16,7 @@ from vtp_core.errors import StackFault
 from vtp_dit import DDT, DiT, DiTDH, LightningDiT, NarrowWarning, SiT
 from vtp_dit.positions import angles, sincos
 from vtp_dit.stream import Stream
+from vtp_flow import Linear
 from vtp_plugins.registry import Registry
 from vtp_plugins.spec import Spec
 
@@ -266,12 +267,43 @@ def test_the_null_embedding_is_the_zero_vector() -> None:
     assert torch.equal(seen[0], network.condition.proj.bias.expand(3, -1))
 
 
-def test_flipped_weights_are_fed_the_other_time_and_answer_negated(name: str) -> None:
+def test_flipped_weights_are_fed_the_other_time_and_a_velocity_is_negated(name: str) -> None:
     network = made(name, timesteps=0)
     x, u, labels = inputs()
     plain = network(x, 1 - u, labels)["prediction"]
     network.flip = True
     torch.testing.assert_close(network(x, u, labels)["prediction"], -plain)
+
+
+def velocity_in_their_time(given: str, value: Tensor, x: Tensor, t: Tensor) -> Tensor:
+    """dx/dt = data - noise of x = t data + (1 - t) noise, from what a network with that time predicts."""
+    if given == "velocity":
+        return value
+    if given == "data":
+        return value - (x - t * value) / (1 - t)
+    noise = -(1 - t) * value if given == "score" else value  # the score of N(t data, (1 - t)^2) at x
+    return (x - (1 - t) * noise) / t - noise
+
+
+@pytest.mark.parametrize("predicts", ["velocity", "noise", "data", "score"])
+def test_flipped_weights_move_a_latent_as_they_do_in_their_own_time(predicts: Any) -> None:
+    path = Linear(SPEC, predicts=predicts)
+    network = made("sit", replace(SPEC, path=path), flip=True)
+    x, u, labels = inputs()
+    ours = path.convert(network(x, u, labels)["prediction"], x, u, "velocity")
+    network.flip = False
+    raw = network(x, 1 - u, labels)["prediction"]
+    theirs = velocity_in_their_time(predicts, raw, x, (1 - u).view(-1, 1, 1, 1))
+    torch.testing.assert_close(ours, -theirs, rtol=1e-4, atol=1e-4)  # u = 1 - t
+
+
+def test_what_has_no_known_sign_is_not_flipped() -> None:
+    class Odd:
+        predicts = "curvature"
+
+    with pytest.raises(ValueError, match="flip: the path predicts 'curvature'"):
+        SiT(replace(SPEC, path=Odd()), **PLAIN, flip=True)
+    SiT(replace(SPEC, path=Odd()), **PLAIN)
 
 
 def test_discrete_levels_are_the_very_timesteps() -> None:

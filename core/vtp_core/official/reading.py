@@ -156,7 +156,9 @@ def _misfits(
 
 def _broken(state: Mapping[str, Tensor]) -> Iterator[Problem]:
     """All zero or not finite. A tower none of whose biases has moved yet is young, not broken."""
-    extremes = {name: torch.aminmax(value) for name, value in state.items()}  # makes nothing of a tensor's size
+    extremes = {
+        name: torch.aminmax(value) for name, value in state.items()
+    }  # makes nothing of a tensor's size
     bounds = {name: (float(low), float(high)) for name, (low, high) in extremes.items()}
     zero = {name for name, bound in bounds.items() if bound == (0, 0)}
     biases: dict[str, set[str]] = {}

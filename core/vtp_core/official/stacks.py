@@ -69,7 +69,12 @@ def decoder_of(config: Config) -> dict[str, Any]:
     }
 
 
-ON = {("cls", True): "cls", ("cls", False): "latent.cls", ("pooled", True): "patches", ("pooled", False): "latent"}
+ON = {
+    ("cls", True): "cls",
+    ("cls", False): "latent.cls",
+    ("pooled", True): "patches",
+    ("pooled", False): "latent",
+}
 """``vision_clip_feat`` and ``vision_bottleneck_ae_only`` -> what the CLIP objective reads."""
 
 
@@ -97,8 +102,14 @@ def _check(config: Config, path: Path) -> None:
     if config.image_size % config.vision_patch_size:
         wrong.append(f"image_size {config.image_size} is no multiple of vision_patch_size")
     if config.train_reconstruction and config.vision_patch_size != PATCH:
-        wrong.append(f"vision_patch_size {config.vision_patch_size}: the release's decoder draws {PATCH} pixels a token")
-    towers = [("vision", 4, True), ("decoder", 4, config.train_reconstruction), ("text", 1, config.train_clip)]
+        wrong.append(
+            f"vision_patch_size {config.vision_patch_size}: the release's decoder draws {PATCH} pixels a token"
+        )
+    towers = [
+        ("vision", 4, True),
+        ("decoder", 4, config.train_reconstruction),
+        ("text", 1, config.train_clip),
+    ]
     for tower, unit, there in towers:
         width, heads = getattr(config, f"{tower}_embed_dim"), getattr(config, f"{tower}_num_heads")
         if there and (width % heads or (width // heads) % unit):

@@ -21,7 +21,6 @@ from vtp_plugins.importing import Converted, check_tensors
 from vtp_plugins.spec import Spec
 
 _CLOSE = 1e-5
-_TOKENS = 16  # along a side of a picture, where no table tells: 256 pixels in every publication
 _BN_EPS = 1e-4  # of REPA-E's latent statistics
 
 
@@ -77,9 +76,9 @@ class Family:
             "flip": flip,
         }  # fmt: skip
         options, found = self.to_ours(tensors, **{k: v for k, v in given.items() if v is not None})
-        cells = options.pop("grid", None) or grid or (_TOKENS * options["patch"],) * 2
-        if options["positions"] == "learned":
-            options["grid"] = list(cells)
+        cells = tuple(options.get("grid", grid or ()))  # DDT's positions tell no grid
+        if options["positions"] != "learned":
+            options.pop("grid", None)
         spec, others = self.spec_of(found, options), self.others(tensors)
         setting = published.RAE if options["time"] == "fourier" else self.setting
         return Converted(

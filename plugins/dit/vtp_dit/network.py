@@ -19,6 +19,8 @@ from vtp_plugins.errors import suggestion
 from vtp_plugins.spec import Spec
 
 _NEAR = 1e-3
+MEANINGS = ("velocity", "noise", "data", "score")
+"""Predictions whose sign in the other direction of time is known."""
 
 
 class NarrowWarning(UserWarning):
@@ -35,7 +37,9 @@ class Network(nn.Module):
         depth: blocks of all streams.
         patch: cells of the latent that make a token, along every axis.
         switches: the family's.
-        flip: whether the weights speak of time from noise to data: they are fed 1 - u and answer negated.
+        flip: whether the weights speak of time from noise to data: they are fed 1 - u, and a velocity that they
+            answer is negated. Noise, data and score mean the same in both directions. What they answer is the
+            path's ``predicts``; without a path, a velocity.
         timesteps: T of a discrete process, whose network is fed u T - 1; None feeds u.
     """
 
@@ -57,6 +61,12 @@ class Network(nn.Module):
             )
         if flip and timesteps is not None:
             raise ValueError("flip: a process of timesteps has no other direction; drop flip or timesteps")
+        self.predicts: str = getattr(spec.path, "predicts", "velocity")
+        if flip and self.predicts not in MEANINGS:
+            raise ValueError(
+                f"flip: the path predicts {self.predicts!r}, whose sign in the other direction of time is unknown; "
+                f"drop flip, or take a path that predicts {', '.join(MEANINGS)}"
+            )
         self.width, self.depth, self.channels = width, depth, spec.channels
         self.patch = (patch,) * len(spec.size)
         self.flip, self.timesteps, self.switches = flip, timesteps, switches
@@ -132,7 +142,8 @@ class Network(nn.Module):
         y = _cells(y, grid, self.patch)  # (R, N, C * P) -> (R, C, *cells), C twice with a variance
         if "prediction" in want:
             prediction = y[:, : self.channels]
-            found["prediction"] = -prediction if self.flip else prediction
+            turned = self.flip and self.predicts == "velocity"  # dx/du = -dx/dt
+            found["prediction"] = -prediction if turned else prediction
         if both:
             found["variance"] = y[:, self.channels :]
         return found

@@ -41,7 +41,8 @@ class Transformer(Network):
         heads: attention heads.
         patch: cells of the latent that make a token, along every axis.
         grid: cells along each axis that a learned position table is made for; None takes the spec's.
-        flip: the weights' time runs from noise to data: they are fed 1 - u and answer negated.
+        flip: the weights' time runs from noise to data: they are fed 1 - u, and a velocity (the path's
+            ``predicts``) is negated.
         timesteps: steps T of a discrete process: u T - 1 is fed; 0 for a continuous one.
         checkpointing: keep only each block's input for the backward.
         norm: of the blocks.

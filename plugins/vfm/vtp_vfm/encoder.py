@@ -132,7 +132,10 @@ class Timm(Filled):
         blocks = sorted(set(levels.values()))
         keys = {"indices": [level - 1 for level in blocks], "norm": False, "output_fmt": "NLC"}
         if len(levels) == len(want):
-            middle, found = self.network.forward_intermediates(x, **keys, stop_early=True, intermediates_only=True), {}
+            middle, found = (
+                self.network.forward_intermediates(x, **keys, stop_early=True, intermediates_only=True),
+                {},
+            )
         else:
             final, middle = self.network.forward_intermediates(x, **keys)
             found = self._outputs(final)
@@ -155,7 +158,9 @@ class Timm(Filled):
             if name == "hidden" and block.isdecimal() and 1 <= int(block) <= self.depth:
                 levels[output] = int(block)
             elif output not in {"cls", "patches"} and not output.startswith("patches@"):
-                known = f"cls, patches and hidden:k, k up to {self.depth}" if self.depth else "cls and patches"
+                known = (
+                    f"cls, patches and hidden:k, k up to {self.depth}" if self.depth else "cls and patches"
+                )
                 raise LookupError(f"encoder timm has no output {output!r}; it gives {known}")
         return levels
 

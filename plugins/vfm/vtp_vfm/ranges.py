@@ -24,7 +24,9 @@ class Range(nn.Module):
 
     def __init__(self, mean: Sequence[float], deviation: Sequence[float]) -> None:
         super().__init__()
-        own = torch.tensor([tuple(mean), tuple(deviation)], dtype=torch.float64, device="cpu").view(2, 3, 1, 1)
+        own = torch.tensor([tuple(mean), tuple(deviation)], dtype=torch.float64, device="cpu").view(
+            2, 3, 1, 1
+        )
         ours = torch.tensor([MEAN, STD], dtype=torch.float64, device="cpu").view(2, 3, 1, 1)
         self.same = torch.equal(own, ours)
         # float64, and cast where they are read: no precision takes the rounding of another

@@ -1,0 +1,1 @@
+"""A run's tokenizer and generator in a directory that others can use: our own layout, and foreign ones."""

@@ -1,0 +1,144 @@
+"""The model card of an export: what it is, its data, its numbers with their protocols, its stack, its licences."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import yaml
+from torch import Tensor
+
+from vtp_core.errors import Fault
+from vtp_core.run.environment import masked
+from vtp_core.stack import SINGLES, Stack
+from vtp_core.statistics import digest, hexed
+
+VTP_LICENCE = (
+    "VTP's weights and code: MIT with one clause more: a product with over 100 M monthly active users or over "
+    '30 M USD a year must visibly display "MiniMax VTP" (github.com/MiniMax-AI/VTP)'
+)
+
+
+def shown_stack(stack: Stack) -> str:
+    """The stack as YAML, secrets masked, without the place of its run."""
+    tree = {key: node for key, node in masked(stack.config).items() if key != "run"}
+    return str(yaml.safe_dump(tree, sort_keys=False, allow_unicode=True, width=110))
+
+
+def model_card(
+    stack: Stack,
+    parts: Mapping[str, Mapping[str, Tensor]],
+    *,
+    origin: str,
+    load: str,
+    data: str = "",
+    rows: Sequence[Mapping[str, Any]] = (),
+    released: bool = False,
+    notes: Sequence[str] = (),
+) -> str:
+    """The text of ``README.md``; equal arguments give equal text.
+
+    Args:
+        stack: of the run.
+        parts: what is exported.
+        origin: which weights these are, in one line.
+        load: Python that loads them.
+        data: fingerprint of the data.
+        rows: of ``probes.jsonl``.
+        released: whether the weights are those of the VTP release.
+        notes: what else should be known.
+    """
+    sections = {
+        f"# {_line(stack.name)}": [
+            "A visual tokenizer. " + _line(origin),
+            *(f"- {_line(note)}" for note in notes),
+        ],
+        "## Use": ["```python", load, "```"],
+        "## Parameters": _table(("part", "parameters"), _sizes(parts)),
+        "## Data": _data(stack, data, released),
+        "## Numbers": _numbers(rows),
+        "## Stack": ["```yaml", shown_stack(stack).replace("```", "'''").rstrip(), "```"],
+        "## Licences": [f"- {line}" for line in _licences(stack, released)],
+    }
+    head = "---\nlibrary_name: vtp-plugins\ntags: [visual-tokenizer, vtp]\n---\n"
+    return head + "".join(f"\n{title}\n\n" + "\n".join(lines) + "\n" for title, lines in sections.items())
+
+
+def _line(text: Any) -> str:
+    """One line that Markdown shows as it is."""
+    plain = " ".join(str(text).split())
+    return "".join(f"\\{c}" if c in "\\`*_[]<>|#" else c for c in plain)
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> list[str]:
+    lines = ["| " + " | ".join(_line(cell) for cell in row) + " |" for row in [head, *rows]]
+    return [lines[0], "|" + "---|" * len(head), *lines[1:]]
+
+
+def _sizes(parts: Mapping[str, Mapping[str, Tensor]]) -> list[tuple[str, str]]:
+    counts: dict[str, int] = {}
+    for part, tensors in parts.items():
+        for name, value in tensors.items():
+            owner = name.partition(".")[0] if part == "tokenizer" else part
+            if part != "statistics":
+                counts[owner] = counts.get(owner, 0) + value.numel()
+    rows = [(owner, f"{count:,}") for owner, count in counts.items()]
+    return [*rows, ("sha256 of encoder and bottleneck", hexed(digest(parts["tokenizer"])))]
+
+
+def _data(stack: Stack, fingerprint: str, released: bool) -> list[str]:
+    node = stack.tokenizer.data or stack.config.get("data")
+    if node is None:
+        why = "The release's own (arXiv 2512.13687)." if released else "None is recorded."
+        return [why]
+    said = ", ".join(f"{key} {value}" for key, value in masked(dict(node)).items())
+    return [_line(said) + ".", *([f"Fingerprint {_line(fingerprint)}."] if fingerprint else [])]
+
+
+def _numbers(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The last reading of every probe and split."""
+    last = {(row.get("probe"), row.get("split")): row for row in rows}
+    if not last:
+        return ["None was measured: `vtp eval` measures them."]
+    cells = [[row.get(key, "") for key in ("probe", "split", "value", "n", "step", "protocol")]
+             for row in last.values()]  # fmt: skip
+    return _table(("probe", "split", "value", "n", "step", "protocol"), cells)
+
+
+def _licences(stack: Stack, released: bool) -> list[str]:
+    """What each installed distribution says of itself, and what is known of the weights."""
+    found: dict[str, list[str]] = {}
+    for kind, name in _names(stack):
+        try:
+            distribution = stack.registry.find(kind, name).distribution.partition(" ")[0]
+        except Fault:
+            continue
+        found.setdefault(distribution, []).append(name)
+    lines = []
+    for distribution, names in sorted(found.items()):
+        used = ", ".join(sorted(set(names)))
+        lines.append(f"{_line(distribution)} ({_line(used)}): {_line(_licence(distribution))}")
+    weights = (
+        VTP_LICENCE if released else "these weights: none is stated; it is for those who trained them to say"
+    )
+    return [*lines, _line(weights)]
+
+
+def _licence(distribution: str) -> str:
+    try:
+        said = importlib.metadata.metadata(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return "not stated"
+    return str(said.get("License-Expression") or said.get("License") or "not stated")
+
+
+def _names(stack: Stack) -> list[tuple[str, str]]:
+    """Kind and name of every component of the stack that people name."""
+    nodes = [(kind, "", stack.config.get(key)) for key, kind in SINGLES.items()]
+    nodes += [
+        (kind, n, node) for kind in ("objectives", "teachers") for n, node in stack.section(kind).items()
+    ]
+    nodes += [("objectives", name, node) for name, node in stack.tokenizer.exports.items()]
+    nodes += [("datasets", "", stack.tokenizer.data)]
+    return [(kind, str(node.get("use", name))) for kind, name, node in nodes if isinstance(node, Mapping)]
