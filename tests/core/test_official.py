@@ -16,12 +16,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional as F
 
-from vtp_core.official import keys, stacks
-from vtp_core.official.config import read_config
 from vtp_core.models.bottlenecks import Chain, Linear
 from vtp_core.models.pixels import ViTPixels
 from vtp_core.models.rope import Rope
 from vtp_core.models.vit import ViT
+from vtp_core.official import keys, stacks
+from vtp_core.official.config import read_config
 from vtp_plugins.spec import Spec
 
 GOLDEN = Path(os.environ.get("VTP_GOLDEN", Path(__file__).parents[1] / "golden")) / "vtp"

@@ -102,7 +102,7 @@ def test_the_page_of_a_generator_shows_samples_and_strips_and_its_tokenizer(
         f"tokenizer from {tokenizer}",
         "flow/mse",
         "flow/cosine",
-        "From animal mammal to country flag",
+        "From country flag to person role",
     ):
         assert words in text
     assert not Page(html).tags & {"script", "link", "iframe"}

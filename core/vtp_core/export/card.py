@@ -127,10 +127,10 @@ def _licences(stack: Stack, released: bool) -> list[str]:
 
 def _licence(distribution: str) -> str:
     try:
-        said = importlib.metadata.metadata(distribution)
+        said = importlib.metadata.metadata(distribution).json
     except importlib.metadata.PackageNotFoundError:
         return "not stated"
-    return str(said.get("License-Expression") or said.get("License") or "not stated")
+    return str(said.get("license_expression") or said.get("license") or "not stated")
 
 
 def _names(stack: Stack) -> list[tuple[str, str]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -26,8 +27,27 @@ from vtp_core.run.files import PARTIAL, reason, replace, sync_folder
 CARD = "README.md"
 Tensors = Mapping[str, Tensor]
 Entries = dict[str, dict[str, Any]]
-Plan = tuple[dict[str, Tensors], Callable[[Entries], dict[str, str]], dict[str, bytes]]
-"""Files of tensors; texts made from their entries, the last of which completes the export; files as they are."""
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """The files of an export.
+
+    Attributes:
+        tensors: by file.
+        names: of the texts.
+        texts: made from what describes the files of tensors; the last one completes the export.
+        kept: files as they are.
+    """
+
+    tensors: dict[str, Tensors]
+    names: tuple[str, ...]
+    texts: Callable[[Entries], dict[str, str]]
+    kept: dict[str, bytes]
+
+    @property
+    def files(self) -> set[str]:
+        return {*self.tensors, *self.names, *self.kept}
 
 
 def export(
@@ -55,14 +75,13 @@ def export(
     check_weights(weights)
     source = read_source(run, weights, statistics)
     notes = _notes(source, format)
-    tensors, texts, kept = FORMATS[format](source, notes)
-    _claim(out, {*tensors, *texts({name: {} for name in tensors}), *kept, *_BESIDE})
-    entries = {name: _saved(out / name, held) for name, held in sorted(tensors.items())}
-    for name, raw in kept.items():
+    plan = FORMATS[format](source, notes)
+    _claim(out, plan.files | _BESIDE)
+    entries = {name: _saved(out / name, held) for name, held in sorted(plan.tensors.items())}
+    texts = {name: text.encode() for name, text in plan.texts(entries).items()}
+    for name, raw in {**plan.kept, **texts}.items():
         replace(out / name, raw)
-    for name, text in texts(entries).items():
-        replace(out / name, text.encode())
-    _drop(out, {*tensors, *kept, *texts(entries)})
+    _drop(out, plan.files)
     return notes
 
 
@@ -79,7 +98,8 @@ def _native(source: Source, notes: list[str]) -> Plan:
         )
         return {"stack.yaml": shown_stack(source.stack), CARD: card, native.CONFIG: config}
 
-    return {name: source.parts[part] for name, part in files.items()}, texts, source.texts
+    tensors: dict[str, Tensors] = {name: source.parts[part] for name, part in files.items()}
+    return Plan(tensors, ("stack.yaml", CARD, native.CONFIG), texts, source.texts)
 
 
 def _file(part: str) -> str:
@@ -95,7 +115,8 @@ def _vtp(source: Source, notes: list[str]) -> Plan:
     card = _card(
         source, notes, 'Tokenizer.from_pretrained("this directory")  # or the release\'s own VTPModel'
     )
-    return tensors, lambda entries: {CARD: card, OFFICIAL_CONFIG: config.text()}, {}
+    texts = {CARD: card, OFFICIAL_CONFIG: config.text()}
+    return Plan(tensors, tuple(texts), lambda entries: texts, {})
 
 
 FORMATS: dict[str, Callable[[Source, list[str]], Plan]] = {"native": _native, "vtp": _vtp}

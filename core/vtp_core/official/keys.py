@@ -76,7 +76,7 @@ def _theirs(part: str, key: str) -> str:
 def _convolution(key: str, value: Tensor) -> Tensor:
     if key == "patch_embed.proj.weight":
         side = math.isqrt(value.shape[1] // CHANNELS)
-        return value.unflatten(1, (CHANNELS, side, side))  # (D, ch * p * p) -> (D, ch, p, p)
+        return value.reshape(-1, CHANNELS, side, side)  # (D, ch * p * p) -> (D, ch, p, p)
     if key in {"proj_in.weight", "proj_out.weight"}:
         return value[:, :, None, None]  # (out, in) -> (out, in, 1, 1)
     return value

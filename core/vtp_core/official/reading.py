@@ -83,7 +83,7 @@ def _files(path: Path) -> dict[Path, list[str] | None]:
     files: dict[Path, list[str]] = {}
     for name, file in _weight_map(path / _INDEX).items():
         files.setdefault(path / file, []).append(name)
-    return {file: names for file, names in sorted(files.items())}
+    return dict(sorted(files.items()))
 
 
 def _weight_map(index: Path) -> dict[str, str]:
@@ -107,7 +107,7 @@ def _headers(files: Mapping[Path, list[str] | None]) -> dict[str, tuple[tuple[in
     for file, names in files.items():
         try:
             with safe_open(file, "pt") as opened:
-                held = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118: it is no mapping
+                held = {name: opened.get_slice(name) for name in list(opened.keys())}
                 own = {name: (tuple(part.get_shape()), str(part.get_dtype())) for name, part in held.items()}
         except (OSError, SafetensorError) as error:
             raise DataFault(f"{file} cannot be read: {error}") from error
