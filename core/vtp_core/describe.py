@@ -126,7 +126,8 @@ def show(entry: Entry, dial: str = "tiny") -> str:
     loaded = entry.load()
     lines = [f"{entry.kind} {entry.name}   {entry.target}   {entry.distribution}", ""]
     if not inspect.isclass(loaded):
-        lines += [inspect.getdoc(loaded) or "(no docstring)", ""]
+        told = getattr(loaded, "convert", loaded)  # of an importer: what it makes, and of what options
+        lines += [inspect.getdoc(told) or "(no docstring)", ""]
     else:
         schema, modules = schema_of(cast("Hashable", loaded))
         lines += [documentation(loaded, {*schema.model_fields, *modules}), ""]

@@ -183,7 +183,7 @@ def links_of(config: Mapping[str, Any]) -> list[dict[str, Any]]:
 def check_stack(name: str, config: Mapping[Any, Any], registry: Registry) -> Stack:
     """Check keys, engine values and names of a resolved tree; no component is imported."""
     if "stages" in config:
-        raise StackFault(f"{name} is a pipeline, which vtp run {name} runs")
+        raise StackFault(f"{name} has stages: it is a pipeline, run with vtp run {name}")
     for key in config:
         if key not in KEYS:
             raise StackFault(f"unknown key {key!r} in the stack{suggestion(str(key), KEYS)}")

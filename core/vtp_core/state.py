@@ -15,6 +15,7 @@ from vtp_core.planner import LATENT, family
 from vtp_core.teacher import EMATeacher
 
 Parts = Mapping[str, Mapping[str, Tensor]]
+_ALIGNMENT = 64  # bytes
 
 
 def module_state(model: Model) -> dict[str, dict[str, Tensor]]:
@@ -89,8 +90,13 @@ def load_tokenizer(model: Model, tensors: Mapping[str, Tensor], assign: bool = F
         own = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
         if assign:
             dtypes = {key: value.dtype for key, value in module.state_dict().items()}
-            own = {key: value.to(dtypes.get(key, value.dtype)) for key, value in own.items()}
+            own = {key: _aligned(value.to(dtypes.get(key, value.dtype))) for key, value in own.items()}
         _fill(module, own, name, assign=assign)
+
+
+def _aligned(tensor: Tensor) -> Tensor:
+    """The tensor where torch itself would put one: matrix products round differently at odd addresses."""
+    return tensor.clone() if tensor.data_ptr() % _ALIGNMENT else tensor
 
 
 def _fill(

@@ -6,6 +6,7 @@ import dataclasses
 import inspect
 import json
 import re
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,12 +16,18 @@ import typer
 import yaml
 from pydantic import BaseModel
 
-from vtp_core import errors, options
+from vtp_core import Generator, errors, options
+from vtp_core.blueprint import blueprint
 from vtp_core.cli import app
+from vtp_core.components import schema_of
+from vtp_core.describe import documentation
+from vtp_core.evaluation import dataset_component
 from vtp_core.nodes import MODULES
 from vtp_core.planner import DECODED, ENCODED, GENERATED, LATENT, family
+from vtp_core.samplers.guidance import Guidance
+from vtp_core.samplers.reuse import Reuse
 from vtp_core.stack import KEYS, check_stack
-from vtp_plugins import Clock, Need, Objective
+from vtp_plugins import Clock, Need, Objective, protocols
 from vtp_plugins.registry import KINDS, Registry
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
@@ -38,6 +45,8 @@ MODELS: dict[str, type[BaseModel]] = {
     "generator": options.Generator,
     "generator.ema": options.Ema,
     "sampler": options.Sampler,
+    "sampler.guidance": Guidance,
+    "sampler.reuse": Reuse,
     "tokenizer": options.Tokenizer,
     "run": options.Run,
 }
@@ -55,6 +64,10 @@ def table(page: str, title: str) -> dict[str, list[str]]:
     rows = re.findall(r"^\| (.*) \|$|^\| (.*) \| \|$", section(page, title), flags=re.MULTILINE)
     cells = [re.split(r"(?<!\\) ?\| ?", row[0] or row[1]) for row in rows]
     return {first.strip("`"): [cell.strip() for cell in rest] for first, *rest in cells[1:]}
+
+
+def blocks(language: str, page: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", PAGES[page], flags=re.DOTALL | re.MULTILINE)
 
 
 def named(text: str) -> set[str]:
@@ -105,9 +118,7 @@ def test_every_dial_is_documented() -> None:
 
 
 def test_the_example_is_a_stack() -> None:
-    example = re.search(r"^```yaml\n(.*?)^```", PAGES["stack"], flags=re.DOTALL | re.MULTILINE)
-    assert example
-    check_stack("example", yaml.safe_load(example[1]), Registry())
+    check_stack("example", yaml.safe_load(blocks("yaml", "stack")[0]), Registry())
 
 
 # ---- the contract
@@ -148,6 +159,16 @@ def test_every_member_of_the_clock_is_documented() -> None:
         for name, arguments in re.findall(r"(\w+)\(([^)]*)\)", row):
             parameters = list(inspect.signature(getattr(Clock, name)).parameters.values())[1:]
             assert arguments == ", ".join(f"{'*' * (p.kind is p.VAR_POSITIONAL)}{p.name}" for p in parameters)
+
+
+def test_every_member_of_a_field_is_documented() -> None:
+    rows = [name.strip("`") for name in table("contract", "Paths, generators and samplers")]
+    members = {name: value for name, value in vars(protocols.Field).items() if not name.startswith("_")}
+    written = []
+    for name, value in members.items():
+        arguments = [] if isinstance(value, property) else list(inspect.signature(value).parameters)[1:]
+        written.append(f"{name}({', '.join(arguments)})" if arguments else name)
+    assert sorted(rows) == sorted(written)
 
 
 def test_every_attribute_of_an_objective_is_documented() -> None:
@@ -207,6 +228,61 @@ def test_every_exit_code_is_documented() -> None:
         75,
         130,
     }
+
+
+# ---- generation
+
+COMPONENTS = [entry for entry in Registry().entries() if entry.kind not in {"stacks", "importers"}]
+
+
+@pytest.mark.parametrize("entry", COMPONENTS, ids=lambda entry: f"{entry.kind}/{entry.name}")
+def test_every_option_of_a_component_is_explained(entry: Any) -> None:
+    cls = entry.load()
+    schema, modules = schema_of(cls)
+    told = documentation(cls, {*schema.model_fields, *modules})
+    for option in (*schema.model_fields, *modules):
+        assert re.search(rf"^    {option}: ", told, flags=re.MULTILINE), option
+
+
+@pytest.mark.parametrize(("kind", "title"), [("samplers", "Samplers"), ("paths", "Paths")])
+def test_the_options_of_samplers_and_paths_are_those_of_the_code(kind: str, title: str) -> None:
+    header = re.search(r"^\| option \| (.*) \| meaning \|$", section("generation", title), flags=re.MULTILINE)
+    assert header
+    columns = [re.findall(r"`(\w+)`", cell) for cell in header[1].split(" | ")]
+    rows = {option: cells[: len(columns)] for option, cells in table("generation", title).items()}
+    classes = {entry.name: entry.load() for entry in Registry().entries(kind)}
+    assert {name for column in columns for name in column} == set(classes)
+    for index, column in enumerate(columns):
+        written = {option: cells[index] for option, cells in rows.items() if cells[index]}
+        for name in column:
+            fields = schema_of(classes[name])[0].model_fields
+            assert written == {option: shown(field.default) for option, field in fields.items()}, name
+
+
+@pytest.mark.parametrize("text", blocks("yaml", "generation"))
+def test_the_parts_of_stacks_that_are_shown_hold(text: str) -> None:
+    shown = {"encoder": {"use": "vit"}, "data": {"use": "emoji"}, **yaml.safe_load(text)}
+    stack = check_stack("example", shown, Registry())
+    blueprint(stack)
+    dataset_component(stack)
+    for key in ("guidance", "reuse"):
+        given = (shown.get("sampler") or {}).get(key)
+        assert given is None or {"guidance": Guidance, "reuse": Reuse}[key].model_validate(given)
+
+
+@pytest.mark.parametrize("line", re.findall(r"^\$ vtp (.+)$", PAGES["generation"], flags=re.MULTILINE))
+def test_the_commands_that_are_shown_parse(line: str) -> None:
+    verb, *arguments = shlex.split(line)
+    context = COMMANDS[f"vtp {verb}"].make_context(verb, arguments)
+    overrides = context.params.get("overrides") or []
+    assert all("=" in override for override in overrides), overrides
+
+
+def test_the_python_that_is_shown_names_what_exists() -> None:
+    (example,) = blocks("python", "generation")
+    compile(example, "generation.md", "exec")
+    for name in re.findall(r"\bgenerator\.(\w+)", example):
+        assert hasattr(Generator, name) or name in {"tokenizer", "evaluations"}, name
 
 
 # ---- pages

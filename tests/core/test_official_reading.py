@@ -41,7 +41,11 @@ def case(request: Any) -> tuple[Tokenizer, dict[str, Tensor]]:
 @torch.no_grad()
 def test_a_directory_of_the_release_is_a_tokenizer(case: tuple[Tokenizer, Any], shape: str) -> None:
     tok, io = case
-    out = {key.removeprefix(f"out.{shape}."): value for key, value in io.items() if key.startswith(f"out.{shape}.")}
+    out = {
+        key.removeprefix(f"out.{shape}."): value
+        for key, value in io.items()
+        if key.startswith(f"out.{shape}.")
+    }
     images = tok.modality.to_display(io[f"in.image_{shape}"])
     z = tok.encode(images)
     assert off(z, out["latents"]) < 1e-3
@@ -56,7 +60,8 @@ def test_a_directory_of_the_release_is_a_tokenizer(case: tuple[Tokenizer, Any], 
 @torch.no_grad()
 def test_embeddings_of_texts_and_logits_equal_the_release(case: tuple[Tokenizer, Any]) -> None:
     tok, io = case
-    clip: Any = tok._exporter("embed_text")
+    clip: Any = tok._exporter("embed_image")
+    assert not tok.exports("embed_text")  # no tokenizer has so few words
     text = F.normalize(encode_text(clip.text, io["in.text"]), dim=-1)
     assert off(text, io["out.clip_text"]) < 1e-5
     image = tok.embed_image(tok.modality.to_display(io["in.image_sq"]))
@@ -96,7 +101,7 @@ def test_rotation_in_float32_is_an_option() -> None:
 
 # ---- untrusted files
 
-Change = Callable[[dict[str, Tensor]], None]
+Change = Callable[[dict[str, Tensor]], object]
 
 
 def copied(folder: Path, change: Change | None = None, **fields: Any) -> Path:
@@ -112,11 +117,11 @@ def copied(folder: Path, change: Change | None = None, **fields: Any) -> Path:
 
 
 def put(name: str, value: float) -> Change:
-    return lambda state: state[name].fill_(value) and None  # type: ignore[func-returns-value]
+    return lambda state: state[name].fill_(value)
 
 
 BROKEN: Mapping[str, tuple[Change, str]] = {
-    "missing": (lambda s: s.pop("trunk.norm.weight") and None, r"1 missing[\s\S]*missing +trunk\.norm\.weight"),
+    "missing": (lambda s: s.pop("trunk.norm.weight"), r"1 missing[\s\S]*missing +trunk\.norm\.weight"),
     "unexpected": (lambda s: s.update(extra=torch.ones(1)), r"1 unexpected[\s\S]*unexpected +extra"),
     "shape": (lambda s: s.update(ln=s.pop("ln_final.bias")), r"1 missing, 1 unexpected"),
     "transposed": (
@@ -126,7 +131,7 @@ BROKEN: Mapping[str, tuple[Change, str]] = {
     "whole": (lambda s: s.update(logit_scale=torch.tensor(2)), r"dtype +logit_scale +F32 +I64"),
     "zero": (put("trunk.blocks.1.attn.proj.weight", 0), r"1 all zero[\s\S]*trunk\.blocks\.1\.attn\.proj"),
     "zero bias": (put("pixel_decoder.proj_out.bias", 0), r"all zero +pixel_decoder\.proj_out\.bias"),
-    "nan": (lambda s: s["trunk.cls_token"][0, 0, :1].fill_(torch.nan) and None, r"not finite +trunk\.cls_token .*NaN"),
+    "nan": (lambda s: s["trunk.cls_token"][0, 0, :1].fill_(torch.nan), r"not finite +trunk\.cls_token .*NaN"),
     "inf": (put("token_embedding.weight", torch.inf), r"not finite +token_embedding\.weight .*inf"),
     "periods": (put("trunk.rope_embed.periods", 3), r"periods +trunk\.rope_embed\.periods"),
 }  # fmt: skip
@@ -174,7 +179,9 @@ def test_shards_are_read_and_their_index_is_not_trusted(tmp_path: Path) -> None:
     index.write_text(json.dumps({"metadata": {}, "weight_map": held}))
     whole, parts = read_official(SMALL)[1], read_official(path)[1]
     assert all(torch.equal(parts[part][k], v) for part in whole for k, v in whole[part].items())
-    index.write_text(json.dumps({"weight_map": {**held, "logit_scale": files[held["logit_scale"] == files[0]]}}))
+    index.write_text(
+        json.dumps({"weight_map": {**held, "logit_scale": files[held["logit_scale"] == files[0]]}})
+    )
     with pytest.raises(DataFault, match="does not hold the tensors"):
         read_official(path)
     for evil in ("../x.safetensors", "/etc/passwd", "pytorch_model.bin"):
@@ -198,7 +205,7 @@ def test_shards_are_read_and_their_index_is_not_trusted(tmp_path: Path) -> None:
         ({"text_pool_type": "last"}, "text_pool_type"),
         ({"text_no_causal_mask": True}, "text_no_causal_mask"),
         ({"image_size": 40}, "image_size 40"),
-        ({"vision_depth": 3}, "12 missing"),
+        ({"vision_depth": 3}, "14 missing"),
         ({"text_vocab_size": 1 << 20}, r"token_embedding\.weight"),
     ],
 )
@@ -228,7 +235,9 @@ def test_weights_in_a_pickle_are_named_and_not_read(tmp_path: Path) -> None:
         read_official(path)
 
 
-def test_the_hub_is_asked_for_ids_only_and_not_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_hub_is_asked_for_ids_only_and_not_offline(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
     monkeypatch.chdir(tmp_path)
     with pytest.raises(DataFault, match=r"forbidden \(VTP_OFFLINE\)"):
@@ -236,7 +245,7 @@ def test_the_hub_is_asked_for_ids_only_and_not_offline(tmp_path: Path, monkeypat
     (tmp_path / "runs").mkdir()
     assert not is_id("runs/demo")  # a mistyped path
     for path in ("runs/demo", "/no/such", "a/b/c", "../x"):
-        with pytest.raises(DataFault, match="no run directory|no directory"):
+        with pytest.raises(DataFault, match=r"no run directory|no directory"):
             Tokenizer.from_pretrained(path)
 
 
@@ -260,19 +269,22 @@ def test_any_stack_starts_from_a_directory(tmp_path: Path, capsys: pytest.Captur
     assert (stack.config["encoder"]["width"], stack.config["encoder"]["drop_path"]) == (48, 0.1)
     assert stack.config["bottleneck"] == {"use": "linear", "channels": 24}
     assert stack.config["objectives"]["clip"]["on"] == "latent.cls"
-    changes = [f"tokenizer.from={SMALL}", "train.steps=1", "train.optim.lr=1e-12", "data.batch_size=8",
-               f"run.dir={tmp_path / 'run'}", "objectives.clip={width: 32, depth: 1, heads: 2, embedding: 32}"]  # fmt: skip
-    text = "size: tiny\ndata: {use: emoji, workers: 0}\n" + TRAINED
-    changes += ["objectives.clip.context=16", "objectives.clip.vocabulary=64", "~objectives.clip"]
+    text = "size: tiny\ndata: {use: emoji, workers: 0, batch_size: 8}\n" + TRAINED
+    changes = [
+        f"tokenizer.from={SMALL}",
+        "train.steps=1",
+        "train.optim.lr=1e-12",
+        f"run.dir={tmp_path / 'run'}",
+    ]
     code, _, errors = run(capsys, "train", str(write_stack(tmp_path, text)), *changes)
     assert code == 0, errors
     assert "new: objectives.dino, the EMA teacher (a copy)" in errors
     before, after = Tokenizer.from_pretrained(SMALL), Tokenizer.from_pretrained(tmp_path / "run")
     ema = Tokenizer.from_pretrained(tmp_path / "run", weights="ema")
     images = torch.rand(1, 3, 32, 32)
-    torch.testing.assert_close(before.encode(images), after.encode(images), rtol=1e-2, atol=1e-3)
-    torch.testing.assert_close(before.encode(images), ema.encode(images), rtol=1e-2, atol=1e-3)
-    assert torch.equal(before.embed_image(images).shape and before.model.spec.grid and images, images)
+    assert off(after.encode(images), before.encode(images)) < 1e-2
+    assert off(ema.encode(images), before.encode(images)) < 1e-2
+    assert after.embed_image(images).shape == (1, 32)  # clip, which is not trained, travels on
 
 
 TRAINED = """
@@ -280,7 +292,6 @@ encoder: {use: vit, patch: 8, image_size: 32, width: 32, depth: 2, heads: 2}
 bottleneck: {use: linear, channels: 8}
 decoder: {use: vit_pixels, width: 32, depth: 2, heads: 2}
 objectives:
-  clip: {}
   dino: {rows: 0.5, prototypes: 64, hidden: 32, bottleneck: 16, local_crops: 2}
   reconstruction: {lpips: 0.0}
 """

@@ -56,6 +56,12 @@ def test_every_stack_has_an_entry_point() -> None:
     assert set(named.values()) == {"vtp_stacks"}
 
 
+def test_the_page_of_the_stacks_names_every_stack() -> None:
+    stacks = next(d for d in distributions() if d.name == "vtp-stacks")
+    page = (stacks.folder / "README.md").read_text(encoding="utf-8")
+    assert set(re.findall(r"`([a-z-]+)`", page)) >= set(stacks.entry_points["vtp_plugins.stacks"])
+
+
 @plugins
 def test_a_plugin_is_what_its_folder_says(distribution: Distribution) -> None:
     folder = distribution.folder

@@ -76,7 +76,7 @@ def generator(tokenizer: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 
 def report(run: Path, **options: object) -> str:
-    few: dict[str, object] = {"samples": 2, "labels": 2, "frames": 3, "questions": 2}
+    few: dict[str, object] = {"samples": 2, "labels": 2, "frames": 3, "questions": 2, "draws": 2}
     return Report(Spec(), **{**few, **options}).vtp_finish(run).read_text(encoding="utf-8")  # type: ignore[arg-type]
 
 

@@ -16,6 +16,7 @@ from vtp_core.build import Model, blueprint, build, spec_of, without_training
 from vtp_core.converting.statistics import of_file, of_scale
 from vtp_core.errors import DataFault, StackFault
 from vtp_core.inheriting import inherited
+from vtp_core.models.absent import Absent
 from vtp_core.overrides import merged
 from vtp_core.stack import Stack, check_stack
 from vtp_core.state import module_state
@@ -25,6 +26,7 @@ from vtp_plugins.importing import Converted, Mismatch, check_tensors
 from vtp_plugins.registry import Registry
 
 Parts = dict[str, Mapping[str, Tensor]]
+_ABSENT = "absent"  # the encoder that stands for a missing tokenizer
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,8 +102,8 @@ def statistics_of(made: Composed, file: Path | None, scale: float | None) -> dic
     found = dict(made.statistics)
     if file is not None:
         found = of_file(file, spec.channels, spec.grid)
-    if scale is not None:
-        found = of_scale(scale, spec.channels)
+    if scale is not None or (isinstance(made.model.encoder, Absent) and not found):
+        found = of_scale(1.0 if scale is None else scale, spec.channels)
     if found:
         return {**found, "of": digest(made.parts["tokenizer"])}
     links: Any = made.model.bottleneck.links if made.model.bottleneck is not None else ()
@@ -127,7 +129,7 @@ def _absent(converted: Converted) -> dict[str, Any]:
         raise StackFault(
             "grid: the weights don't tell the cells of the latent; say grid=[32,32], or give --tokenizer RUN"
         )
-    return {"use": "absent", "channels": channels, "grid": grid}
+    return {"use": _ABSENT, "channels": channels, "grid": grid}
 
 
 def _joined(tree: dict[Any, Any], run: Path, registry: Registry) -> tuple[dict[Any, Any], adopting.Earlier]:

@@ -22,7 +22,7 @@ HOLDERS = ("ema", "state_dict", "model")
 """Where training scripts keep their networks; an average comes first."""
 _PREFIXES = ("module.", "model.", "_orig_mod.")
 _GLOBAL = re.compile(r"(?:GLOBAL|global|class|type)\s+[`']?([\w.]+)")
-_PLAIN = [argparse.Namespace]  # what scripts store beside their weights; it runs no code
+_PLAIN = (argparse.Namespace,)  # what scripts store beside their weights; it runs no code
 
 
 def read(file: Path) -> Any:
@@ -40,7 +40,7 @@ def read(file: Path) -> Any:
     try:
         if file.suffix == ".safetensors":
             return load_file(file)
-        with torch.serialization.safe_globals(_PLAIN):  # type: ignore[no-untyped-call]
+        with torch.serialization.safe_globals([*_PLAIN]):
             return torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
     except UnpicklingError as error:
         raise DataFault(f"{file} {_unsafe(error)}") from error

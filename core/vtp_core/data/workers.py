@@ -36,11 +36,13 @@ def end(made: Iterator[Any]) -> None:
 
 def cause(made: Iterator[Any], error: Exception) -> str:
     """What ended a worker: a signal's name where there is one, else what torch says."""
-    codes = [worker.exitcode for worker in getattr(made, "_workers", ())]
-    for number in (-code for code in codes if code is not None and code < 0):
+    words = str(error)  # torch may have reaped the process, so that its exit code is nowhere else
+    said = [n for n in signal.valid_signals() if f"signal: {signal.strsignal(n)}." in words]
+    codes = [] if said else [worker.exitcode for worker in getattr(made, "_workers", ())]
+    for number in [*said, *(-code for code in codes if code is not None and code < 0)]:
         hint = "; /dev/shm is too small" if number == signal.SIGBUS else ""
         return f"it was killed by {signal.Signals(number).name}{hint}"
-    return str(error).partition("\n")[0] or type(error).__name__
+    return words.partition("\n")[0] or type(error).__name__
 
 
 class Deaths:

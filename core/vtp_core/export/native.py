@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from vtp_core.errors import DataFault, StorageFault
 from vtp_core.run import manifest
 from vtp_core.run.files import reason
+from vtp_core.run.tensors import read_tensors
 
 MODEL_TYPE = "vtp-plugins"
 FORMAT = 1
@@ -73,8 +73,8 @@ def read_native(path: Path) -> Parts:
     for name, entry in read_config(path)["files"].items():
         try:
             manifest.check(path / name, entry, True)
-            parts[entry["part"]] = load_file(path / name)
-        except (OSError, SafetensorError, StorageFault) as error:
+            parts[entry["part"]] = read_tensors(path / name)
+        except (OSError, SafetensorError, StorageFault, ValueError) as error:
             raise DataFault(f"{path}: {name} is broken ({_first(error)}); export it again") from error
     if "tokenizer" not in parts:
         raise DataFault(f"{path / CONFIG} names no tokenizer; export it again")

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 VOCABULARY = 49408
 _BYTES = 512  # every byte, alone and at the end of a word, stands before the merges
+SMALLEST = _BYTES + 3
 
 
 @functools.cache
@@ -21,8 +22,8 @@ def tokenizer(vocabulary: int = VOCABULARY) -> Any:
     """
     from open_clip.tokenizer import SimpleTokenizer
 
-    if not _BYTES + 2 < vocabulary <= VOCABULARY:
-        raise ValueError(f"vocabulary: {vocabulary} is not within {_BYTES + 3} to {VOCABULARY}")
+    if not SMALLEST <= vocabulary <= VOCABULARY:
+        raise ValueError(f"vocabulary: {vocabulary} is not within {SMALLEST} to {VOCABULARY}")
     made = SimpleTokenizer()
     if vocabulary < VOCABULARY:
         kept = [*list(made.encoder)[: vocabulary - 2], *list(made.encoder)[-2:]]

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
+from safetensors import SafetensorError
 from torch import Tensor
 
 from vtp_core.errors import DataFault
@@ -20,6 +19,7 @@ from vtp_core.official.hub import located
 from vtp_core.official.keys import CLIP, to_ours
 from vtp_core.official.layout import PERIODS, shapes
 from vtp_core.official.stacks import tree_of
+from vtp_core.run.tensors import read_header, read_tensors
 from vtp_core.stack import Stack
 from vtp_core.statistics import check
 from vtp_plugins.registry import Registry
@@ -30,16 +30,17 @@ STATISTICS = "statistics.safetensors"
 _INDEX = f"{WEIGHTS}.index.json"
 _SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 _MAX_INDEX = 1 << 24
-_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+_DTYPES = ("F32", "BF16", "F16")
 _ROWS = 40
 Parts = dict[str, dict[str, Tensor]]
 Problem = tuple[str, str, str, str]
+T = TypeVar("T")
 
 
 def read_official(source: str | Path) -> tuple[Stack, Parts]:
     """Stack and checkpoint parts of a VTP directory, ``tokenizer``, ``exports/clip`` and perhaps ``statistics``.
 
-    Float32 tensors lie in the file and are read when they are used; narrower ones are widened.
+    Tensors narrower than float32 are widened; of the others no second copy is made.
 
     Args:
         source: a directory with ``config.json`` and ``model.safetensors``, perhaps in shards with an index; or
@@ -55,7 +56,7 @@ def read_official(source: str | Path) -> tuple[Stack, Parts]:
     files = _files(path)
     wanted = shapes(config)
     _refuse(path, _misfits(wanted, _headers(files)))
-    state = _tensors(files)
+    state = {name: value for file in files for name, value in _readable(read_tensors, file).items()}
     _refuse(path, [*_broken(state), *_periods(state, config)])
     own = to_ours({name: value.float() for name, value in state.items() if not name.endswith(PERIODS)})
     parts: Parts = {"tokenizer": {}}
@@ -105,34 +106,23 @@ def _headers(files: Mapping[Path, list[str] | None]) -> dict[str, tuple[tuple[in
     """Shape and dtype of every tensor; of the data nothing is read."""
     found: dict[str, tuple[tuple[int, ...], str]] = {}
     for file, names in files.items():
-        try:
-            with safe_open(file, "pt") as opened:
-                held = {name: opened.get_slice(name) for name in list(opened.keys())}
-                own = {name: (tuple(part.get_shape()), str(part.get_dtype())) for name, part in held.items()}
-        except (OSError, SafetensorError) as error:
-            raise DataFault(f"{file} cannot be read: {error}") from error
+        own = _readable(read_header, file)
         if names is not None and set(names) != set(own):
             raise DataFault(f"{file} does not hold the tensors that {_INDEX} says")
         found |= own
     return found
 
 
-def _tensors(files: Iterable[Path]) -> dict[str, Tensor]:
-    state: dict[str, Tensor] = {}
-    for file in files:
-        try:
-            state |= load_file(file)
-        except (OSError, SafetensorError) as error:
-            raise DataFault(f"{file} cannot be read: {error}") from error
-    return state
+def _readable(read: Callable[[Path], T], file: Path) -> T:
+    try:
+        return read(file)
+    except (OSError, SafetensorError, ValueError) as error:
+        raise DataFault(f"{file} cannot be read: {error}") from error
 
 
 def _statistics(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     file = path / STATISTICS
-    try:
-        found = load_file(file)
-    except (OSError, SafetensorError) as error:
-        raise DataFault(f"{file} cannot be read: {error}") from error
+    found = _readable(read_tensors, file)
     check(found, tensors, str(file), "vtp latents computes those of this one")
     return found
 

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from vtp_core.data.views import Plain
 from vtp_core.nn.chunked import contrastive, wide
-from vtp_core.nn.text import VOCABULARY, Tokens, build_tower, encode_text
+from vtp_core.nn.text import SMALLEST, VOCABULARY, Tokens, build_tower, encode_text
 from vtp_plugins.clock import Clock
 from vtp_plugins.needs import Need, Outputs
 from vtp_plugins.objective import Objective
@@ -67,6 +67,8 @@ class Clip(Objective):
     ) -> None:
         super().__init__()
         self.coupled = True
+        if vocabulary < SMALLEST:  # of others' weights: nothing turns a text into these ids
+            self.exports = ("embed_image",)
         self.on, self.loss, self.tokens = on, loss, Tokens(context, vocabulary)
         self.needs = {"image": Need(view, {on}, mask=None), "text": Need("tokens", {"input"}, mask=None)}
         self.views = {"tokens": self.tokens}

@@ -44,7 +44,16 @@ class Family:
         image_size: int | tuple[int, int] = 256,
         groups: int = 32,
     ) -> Converted:
-        """The tokenizer; arguments and errors as of :meth:`to_ours`."""
+        """The tokenizer of an autoencoder.
+
+        Args:
+            tensors: the autoencoder's state dict, perhaps with :meth:`others`.
+            image_size: side of the pictures it was trained on, which the weights don't tell; one number or (H, W).
+            groups: of the norms, likewise.
+
+        Raises:
+            Mismatch: a tensor is unknown, missing or of another shape.
+        """
         sections, found = self.to_ours(tensors, image_size=image_size, groups=groups)
         return Converted(sections, {"tokenizer": found}, left=tuple(self.others(tensors)))
 

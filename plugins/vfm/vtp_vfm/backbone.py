@@ -104,7 +104,7 @@ class Filled(nn.Module):
     def await_weights(self, lacking: str) -> None:
         """Note why weights are lacking, until a state dict is loaded."""
         self.lacking = lacking
-        self.register_load_state_dict_post_hook(_loaded)
+        self.register_load_state_dict_post_hook(_loaded)  # type: ignore[no-untyped-call]
 
     def check_filled(self) -> None:
         """Refuse to compute with weights that never came.

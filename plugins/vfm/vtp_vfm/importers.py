@@ -36,7 +36,20 @@ class RAEWeights:
         decoder_heads: int | None = None,
         tau: float = 0.8,
     ) -> Converted:
-        """The tokenizer; arguments as of :meth:`to_ours`."""
+        """The tokenizer: frozen encoder, noise, decoder.
+
+        Args:
+            tensors: of RAE's decoder (``decoder_embed...``) and of the encoder's file in the layout of transformers,
+                or of the whole model with both under ``decoder.`` and ``encoder.encoder.``.
+            image_size: side of the pictures that are resized for the encoder; None is what the decoder gives.
+            heads: of an encoder whose heads have not 64 channels.
+            decoder_heads: of unpublished widths.
+            tau: scale of the noise in training, which the weights don't tell.
+
+        Raises:
+            Mismatch: a tensor is unknown, missing or of another shape.
+            ValueError: heads are to be said, or no known encoder or decoder is there.
+        """
         sections, found = self.to_ours(
             tensors, image_size=image_size, heads=heads, decoder_heads=decoder_heads, tau=tau
         )
@@ -53,17 +66,7 @@ class RAEWeights:
     ) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """Sections ``encoder``, ``bottleneck`` and ``decoder`` of a stack, and the tensors of a tokenizer.
 
-        Args:
-            tensors: of RAE's decoder (``decoder_embed...``) and of the encoder's file, or of the whole model with
-                both under ``decoder.`` and ``encoder.encoder.``.
-            image_size: side of the pictures that are resized for the encoder; None is what the decoder gives.
-            heads: of an encoder whose heads have not 64 channels.
-            decoder_heads: of unpublished widths.
-            tau: scale of the noise in training, which the weights don't tell.
-
-        Raises:
-            Mismatch: tensors are unknown, missing or of another shape.
-            ValueError: heads are to be said, or no known encoder or decoder is there.
+        Arguments and errors are those of :meth:`convert`.
         """
         found = found_in(tensors)
         sections = options_of(found, image_size, heads, decoder_heads, tau)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -158,7 +159,7 @@ def _depth(tensors: Mapping[str, Tensor], prefix: str) -> int:
 
 
 def _side(cells: int, name: str) -> int:
-    side = round(cells**0.5)
+    side = math.isqrt(cells)
     if side**2 != cells:
         raise ValueError(f"{name}: {cells} cells are no square")
     return side
