@@ -134,6 +134,14 @@ def tokenizer_only(plans: Blueprint) -> Model:
     return build(replace(without_training(plans), generator=None, path=None, sampler=None))
 
 
+def objectives_only(plans: Blueprint) -> Model:
+    """The objectives, over a tokenizer that is on the meta device and so costs nothing."""
+    with torch.device("meta"):
+        model = tokenizer_only(replace(plans, decoder=None))
+    _add_objectives(model, plans, plans.stack.train.seed)
+    return model
+
+
 def without_training(plans: Blueprint) -> Blueprint:
     """Tokenizer and generator without what only training needs."""
     return replace(plans, teachers={}, modules={}, objectives={}, views={})

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from vtp_core import options
-from vtp_core.build import Model, blueprint, build
+from vtp_core.build import Model, blueprint, objectives_only
 from vtp_core.components import resolve
 from vtp_core.errors import DataFault, Fault, StackFault
 from vtp_core.export.native import is_native, read_native
@@ -268,7 +268,7 @@ def exporters_of(
     wanted = {"modality", "size", "encoder", "bottleneck", "modules", "tokenizer"}
     config = {k: v for k, v in stack.config.items() if k in wanted}
     config["size"] = stack.tokenizer.size or stack.dial
-    model = build(blueprint(Stack(stack.name, {**config, "objectives": kept}, stack.registry)))
+    model = objectives_only(blueprint(Stack(stack.name, {**config, "objectives": kept}, stack.registry)))
     for name, objective in model.objectives.items():
         if parts is not None:
             tensors = parts.get(f"objectives/{name}", parts.get(f"exports/{name}"))

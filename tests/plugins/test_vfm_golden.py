@@ -43,7 +43,11 @@ def theirs() -> dict[str, Tensor]:
 @pytest.fixture(scope="module")
 def rae(theirs: dict[str, Tensor]) -> tuple[Timm, RAEDecoder, dict[str, Any], dict[str, Tensor]]:
     sections, tensors = RAE.to_ours(theirs, image_size=64, heads=2, decoder_heads=4)
-    nodes = {n: {k: v for k, v in s.items() if k not in {"use", "frozen"}} for n, s in sections.items() if n != "bottleneck"}
+    nodes = {
+        n: {k: v for k, v in s.items() if k not in {"use", "frozen"}}
+        for n, s in sections.items()
+        if n != "bottleneck"
+    }
     encoder = Timm(Spec(size=(0, 0)), **nodes["encoder"])
     decoder = RAEDecoder(Spec(size=(64, 64), patch=(16, 16), width=32, channels=32), **nodes["decoder"])
     for name, module in (("encoder.", encoder), ("decoder.", decoder)):
