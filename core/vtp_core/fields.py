@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from vtp_core.build import Model
+from vtp_core.data.loader import Loader
+from vtp_core.engine import Engine
 from vtp_core.errors import DataFault
 from vtp_core.planner import DECODED, LATENT, family
+from vtp_core.stack import Stack
 from vtp_plugins.needs import Need
 from vtp_plugins.protocols import Dataset
 
@@ -46,3 +49,15 @@ def _supplied(need: Need, output: str, provided: frozenset[str]) -> bool:
         return f"{need.source}/{output}" in provided
     behind = need.source == "generator" or family(output) in LATENT | DECODED
     return behind and output != "input" and "latent" in provided
+
+
+def loader_of(engine: Engine, stack: Stack, dataset: Dataset, start: int) -> Loader:
+    """This process's batches from step ``start`` on: the views and fields that some objective reads."""
+    rows, keys, model = engine.layout.rows_by_view(), stack.data, engine.model
+    views = {name: view for name, view in model.views.items() if name in rows}
+    required = {view.field for view in views.values()} | (engine.layout.fields & rows.keys())
+    return Loader(
+        dataset, views, rows, batch_size=keys.batch_size, seed=stack.train.seed, rank=engine.rank,
+        world=engine.world, workers=keys.workers, start=start, stop=stack.train.steps,
+        required=frozenset(required), max_bad_fraction=keys.max_bad_fraction, hints=hints(model),
+    )  # fmt: skip

@@ -20,7 +20,7 @@ from vtp_core.describe import plan
 from vtp_core.devices import device_of
 from vtp_core.engine import Engine
 from vtp_core.errors import Fault, StorageFault
-from vtp_core.fields import check_fields, hints
+from vtp_core.fields import check_fields, loader_of
 from vtp_core.forwards import Inputs
 from vtp_core.hooks import build_hooks
 from vtp_core.measuring import Measuring
@@ -69,7 +69,9 @@ class Training:
         exporters = exporters_of(stack, self.carried, self.device) if self.carried else {}
         self.model = build(plans, *adopting.conditioning(stack, dataset, exporters))
         self.model.embed = adopting.embedding(exporters)
-        self.new = adopting.adopt(self.model, self.source) if self.source else []  # before the teacher's copies
+        self.new = (
+            adopting.adopt(self.model, self.source) if self.source else []
+        )  # before the teacher's copies
         self.hooks = build_hooks(stack, self.model.spec)
         self.engine = Engine(
             self.model, self.keys, stack.data.batch_size, self.device, self.hooks, dataset.provides
@@ -171,7 +173,7 @@ class Training:
         if adopting.lacks_statistics(self.model):
             self.progress.note("the tokenizer has no latent statistics yet: they are computed first")
             self.model.statistics = self.measuring.computed()
-        self.loader = self._loader()
+        self.loader = loader_of(self.engine, self.stack, self.dataset, self.start)
         try:
             # Closed on the way out: workers ignore signals, so nothing else would end them.
             with contextlib.closing(iter(self.loader)) as batches:
@@ -180,18 +182,6 @@ class Training:
             self._note_bad(self.loader)
         if self.engine.rank == 0:
             self._finish()
-
-    def _loader(self) -> Loader:
-        rows = self.engine.layout.rows_by_view()
-        data = self.stack.data
-        required = {view.field for name, view in self.model.views.items() if name in rows}
-        required |= self.engine.layout.fields & rows.keys()
-        return Loader(
-            self.dataset, {n: v for n, v in self.model.views.items() if n in rows}, rows,
-            batch_size=data.batch_size, seed=self.keys.seed, rank=self.engine.rank, world=self.engine.world,
-            workers=data.workers, start=self.start, stop=self.keys.steps, required=frozenset(required),
-            max_bad_fraction=data.max_bad_fraction, hints=hints(self.model),
-        )  # fmt: skip
 
     def _steps(self, batches: Iterator[Batch]) -> None:
         every = max(options.steps_of(self.keys.checkpoint_every, self.keys.steps), 1)
