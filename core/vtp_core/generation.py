@@ -240,7 +240,7 @@ def noise_of(generator: Generator, n: int, seed: int = 0) -> Tensor:
 
 
 class _Given(StepClock):
-    """A clock whose draw ``noise`` is given."""
+    """A clock whose draw ``noise`` is given; later draws are one for all rows, so that rows differ by theirs alone."""
 
     def __init__(self, noise: Tensor) -> None:
         super().__init__(instance="generate", device=noise.device)
@@ -248,7 +248,9 @@ class _Given(StepClock):
 
     def normal(self, name: str, *shape: int) -> Tensor:
         given: Tensor = object.__getattribute__(self, "noise")
-        return given.clone() if name == "noise" else super().normal(name, *shape)
+        if name == "noise":
+            return given.clone()
+        return super().normal(name, 1, *shape[1:]).expand(shape)
 
 
 def _default_sampler(model: Model) -> Any:
