@@ -34,7 +34,7 @@ class Objective(nn.Module):
     views: Mapping[str, View]
     masks: Mapping[str, MaskSampler]
     shadow: ClassVar[tuple[str, ...]] = ()
-    exports: ClassVar[tuple[str, ...]] = ()
+    exports: tuple[str, ...] = ()
     coupled: bool = False
 
     def __init__(self) -> None:

@@ -160,3 +160,17 @@ class StepClock:
             return x
         summed: Tensor = _Total.apply(x)
         return summed
+
+
+class GivenClock(StepClock):
+    """A clock whose draw ``noise`` is given; later draws are one for all rows, so that rows differ by theirs alone."""
+
+    def __init__(self, noise: Tensor) -> None:
+        super().__init__(instance="generate", device=noise.device)
+        object.__setattr__(self, "noise", noise)
+
+    def normal(self, name: str, *shape: int) -> Tensor:
+        given: Tensor = object.__getattribute__(self, "noise")
+        if name == "noise":
+            return given.clone()
+        return super().normal(name, 1, *shape[1:]).expand(shape)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from vtp_core import adopting
 from vtp_core.build import Model, blueprint, build, without_training
-from vtp_core.clock import StepClock
+from vtp_core.clock import GivenClock, StepClock
 from vtp_core.components import resolve
 from vtp_core.conditions import Conditions
 from vtp_core.errors import DataFault, Fault, StackFault
@@ -135,6 +135,7 @@ class Generator:
         for key in ("guidance", "reuse"):
             if node.get(key):
                 said.append(f"{key} " + " ".join(f"{k} {v}" for k, v in node[key].items()))
+        said += [f"weak {node['weak']}"] if node.get("weak") else []
         return ", ".join([*said, f"{self.weights} weights"])
 
     def label(self, name: str | int) -> int:
@@ -196,6 +197,13 @@ class Generator:
         keys = self.model.stack.sampler
         guidance = None if keys.guidance is None else validated(Guidance, "sampler.guidance", keys.guidance)
         reuse = None if keys.reuse is None else validated(Reuse, "sampler.reuse", keys.reuse)
+        auto = guidance is not None and guidance.use == "auto"
+        if keys.weak is not None and not auto:
+            raise StackFault(
+                "sampler.weak: only guidance: {use: auto} compares with a weaker generator; leave it out"
+            )
+        if auto and guidance is not None and guidance.scale == 1:
+            raise StackFault("sampler.guidance.scale: 1 is no guidance; auto wants one above, such as 1.4")
         null = self.conditions.null if self.spec.condition else None
         try:
             return Field(
@@ -228,7 +236,7 @@ class Generator:
     @torch.no_grad()
     def from_noise(self, noise: Tensor, condition: Any = None) -> Tensor:
         """Pictures from given initial noise (n, C, h, w): an interpolation between two samples, say."""
-        clock = _Given(noise)
+        clock = GivenClock(noise)
         z = self._call(tuple(noise.shape), condition, clock)
         return self.tokenizer.decode(self.model.restore(z)).clamp(0, 1).float().cpu()
 
@@ -237,20 +245,6 @@ def noise_of(generator: Generator, n: int, seed: int = 0) -> Tensor:
     """The initial noise of samples 0 to n - 1, (n, C, h, w)."""
     clock = StepClock(seed, instance="generate", device=generator.tokenizer.device)
     return clock.normal("noise", n, generator.spec.channels, *generator.spec.grid)
-
-
-class _Given(StepClock):
-    """A clock whose draw ``noise`` is given; later draws are one for all rows, so that rows differ by theirs alone."""
-
-    def __init__(self, noise: Tensor) -> None:
-        super().__init__(instance="generate", device=noise.device)
-        object.__setattr__(self, "noise", noise)
-
-    def normal(self, name: str, *shape: int) -> Tensor:
-        given: Tensor = object.__getattribute__(self, "noise")
-        if name == "noise":
-            return given.clone()
-        return super().normal(name, 1, *shape[1:]).expand(shape)
 
 
 def _default_sampler(model: Model) -> Any:

@@ -172,7 +172,7 @@ def _remove(config: DictConfig, parts: list[str]) -> None:
 def _drop_options(config: DictConfig, parts: list[str], name: Any) -> None:
     """Another component has other options; the engine's keys stay."""
     node = _at(config, parts)
-    if not isinstance(node, DictConfig) or node.get("use", parts[-1]) == name:
+    if not _is_component(parts) or not isinstance(node, DictConfig) or node.get("use", parts[-1]) == name:
         return
     own = {
         "objectives": options.OBJECTIVE_KEYS,
@@ -184,3 +184,10 @@ def _drop_options(config: DictConfig, parts: list[str], name: Any) -> None:
     keep = options.COMPONENT_KEYS | own.get(parts[0], frozenset())
     for option in [option for option in node if option not in keep]:
         del node[option]
+
+
+def _is_component(parts: list[str]) -> bool:
+    """Whether ``use`` names a component here; in ``train.optim`` or ``sampler.guidance`` it is a key like any other."""
+    if len(parts) == 2:
+        return parts[0] in {*ENTRIES, "bottleneck"} or parts == ["generator", "path"]
+    return len(parts) == 1

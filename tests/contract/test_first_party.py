@@ -28,7 +28,13 @@ RANDOM = {"trunk": "random", "allow_random_trunk": True}
 TEACHER = {"to": "lite0", "projector": "mlp3", "hidden": 16}
 VF = {"mcos": {"margin": 0.5}, "mdms": {"scope": "pairs", "distance": "l1", "margin": 0.25}}
 CRITIC = {"channels": 4, "layers": 2}
-FEATURES = {"discriminator": "features", "backbone": "random", "allow_random_backbone": True, "side": 32, "kernel": 3}
+FEATURES = {
+    "discriminator": "features",
+    "backbone": "random",
+    "allow_random_backbone": True,
+    "side": 32,
+    "kernel": 3,
+}
 
 
 @pytest.mark.parametrize(
@@ -36,7 +42,16 @@ FEATURES = {"discriminator": "features", "backbone": "random", "allow_random_bac
     [
         (Align, {**TEACHER, "on": "patches"}),
         (Align, {**TEACHER, "on": "latent", "terms": VF}),
-        (Align, {**TEACHER, "on": "hidden:2", "of": "generator", "normalise": "spatial", "distance": "neg_cosine"}),
+        (
+            Align,
+            {
+                **TEACHER,
+                "on": "hidden:2",
+                "of": "generator",
+                "normalise": "spatial",
+                "distance": "neg_cosine",
+            },
+        ),
         (Align, {**TEACHER, "on": "cls", "target": "cls", "projector": "linear"}),
         (Align, {**TEACHER, "on": "latent", "projector": "none", "scope": "batch", "distance": "l1"}),
         (Clip, {**TEXT}),

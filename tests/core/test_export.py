@@ -268,8 +268,13 @@ def test_a_folder_with_other_things_is_left_alone(trained: Path, tmp_path: Path)
     (tmp_path / "thesis.tex").write_text("years of work")
     with pytest.raises(StorageFault, match=r"not empty \(it has thesis.tex\)"):
         export(trained, tmp_path, "native")
+    (tmp_path / "thesis.tex").rename(tmp_path / "README.md")
+    with pytest.raises(StorageFault, match=r"not empty \(it has README.md\)"):
+        export(trained, tmp_path, "native")
+    with pytest.raises(StorageFault, match="is what is exported"):
+        export(trained, trained, "native")
     with pytest.raises(StorageFault, match="cannot be made"):
-        export(trained, tmp_path / "thesis.tex" / "out", "native")
+        export(trained, tmp_path / "README.md" / "out", "native")
 
 
 def test_an_export_needs_its_run_no_longer(trained: Path, tmp_path: Path) -> None:

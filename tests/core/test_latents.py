@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,11 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, safe_open
+from small import run as command
 from small import write_stack
 from torch import Tensor
 
-from vtp_core import Tokenizer, load_stack, train
+from vtp_core import Tokenizer, cli_generation, load_stack, train
 from vtp_core.errors import DataFault, StackFault, StorageFault
 from vtp_core.latents.dataset import Latents
 from vtp_core.latents.writer import write_latents
@@ -79,6 +81,19 @@ def signals(run: Path) -> tuple[Tensor, list[dict[str, Any]]]:
 
 
 # ---- writing
+
+
+def test_the_command_takes_every_option_of_the_writer(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--no-flip", "--images", "--shard-size", "10", "--weights", "student", "--split", "train"]
+    code, out, _ = command(capsys, "latents", str(run), "-o", str(tmp_path / "z"), *options)
+    assert (code, out) == (0, f"latents {tmp_path / 'z' / 'manifest.json'}\n")
+    found = json.loads((tmp_path / "z" / "manifest.json").read_text())
+    assert [shard["samples"] for shard in found["shards"]] == [10, 10, 2]
+    assert "latents_flip" not in found["tensors"] and "image" in found["fields"]
+    given = set(inspect.signature(write_latents).parameters) - {"run", "device", "registry", "note"}
+    assert given <= set(inspect.signature(cli_generation.latents).parameters)
 
 
 def test_shards_hold_the_tokenizers_raw_latents_in_order(

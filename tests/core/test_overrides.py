@@ -144,6 +144,16 @@ def test_the_same_use_again_drops_nothing(load: Load) -> None:
     }
 
 
+def test_a_use_that_names_no_component_drops_nothing(load: Load) -> None:
+    text = STACK + "sampler: {use: euler, steps: 9, guidance: {scale: 2.0, interval: [0.0, 0.9]}}\n"
+    tree = load("sampler.guidance.use=auto", "train.optim={lr: 0.1}", "train.optim.use=sgd", text=text)
+    assert tree["sampler"]["guidance"] == {"scale": 2.0, "interval": [0.0, 0.9], "use": "auto"}
+    assert {"lr": 0.1, "use": "sgd"}.items() <= tree["train"]["optim"].items()
+    tree = load("generator.path.use=vp", "sampler.use=heun", text=text)
+    assert tree["generator"]["path"] == {"use": "vp"}
+    assert tree["sampler"] == {"use": "heun", "guidance": {"scale": 2.0, "interval": [0.0, 0.9]}}
+
+
 # ---- interpolation
 
 
@@ -258,5 +268,7 @@ def test_a_bare_on_is_a_word(tmp_path: Path) -> None:
     """YAML 1.1 takes it for true."""
     (tmp_path / "s.yaml").write_text("objectives: {align: {on: cls}}\n")
     assert merged(read(tmp_path / "s.yaml"), [])["objectives"] == {"align": {"on": "cls"}}
-    found = merged(read(tmp_path / "s.yaml"), ["objectives.align={on: patches, use: align}", "objectives.b.on=cls"])
+    found = merged(
+        read(tmp_path / "s.yaml"), ["objectives.align={on: patches, use: align}", "objectives.b.on=cls"]
+    )
     assert found["objectives"] == {"align": {"on": "patches", "use": "align"}, "b": {"on": "cls"}}

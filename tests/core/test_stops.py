@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import threading
 import time
@@ -106,7 +105,9 @@ def test_handlers_are_put_back_and_ignored_signals_stay_ignored() -> None:
 
 
 def test_a_worker_that_dies_ends_the_run_between_two_steps(tmp_path: Path, capsys: Capture) -> None:
-    ended, errors = start(capsys, tmp_path, "data.use=faulty", "data.way=die", "data.workers=1", "train.steps=12")
+    ended, errors = start(
+        capsys, tmp_path, "data.use=faulty", "data.way=die", "data.workers=1", "train.steps=12"
+    )
     assert ended == 4
     assert "a worker died before step " in errors
     assert "it was killed by SIGKILL" in errors
@@ -127,7 +128,9 @@ def test_data_that_hangs_does_not_keep_a_run_from_stopping(tmp_path: Path, capsy
     thread = threading.Thread(target=stop)
     with handled(lambda number: None):  # a signal that comes too late must not end the tests
         thread.start()
-        ended, errors = start(capsys, tmp_path, "data.use=faulty", "data.way=hang", "data.workers=1", "train.steps=12")
+        ended, errors = start(
+            capsys, tmp_path, "data.use=faulty", "data.way=hang", "data.workers=1", "train.steps=12"
+        )
         thread.join()
     assert (ended, "is saved; continue with" in errors) == (75, True)
     assert time.monotonic() - began < 20

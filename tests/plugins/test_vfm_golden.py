@@ -15,8 +15,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from vtp_core.clock import StepClock
-from vtp_core.models.bottlenecks import Noise
 from vtp_core.modalities import Image
+from vtp_core.models.bottlenecks import Noise
 from vtp_plugins import Spec
 from vtp_vfm import RAEDecoder, Timm
 from vtp_vfm.importers import RAE

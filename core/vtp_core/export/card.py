@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import PurePath
 from typing import Any
 
 import yaml
@@ -21,8 +22,10 @@ VTP_LICENCE = (
 
 
 def shown_stack(stack: Stack) -> str:
-    """The stack as YAML, secrets masked, without the place of its run."""
+    """The stack as YAML, secrets masked, without the places of its run and of the run that it began from."""
     tree = {key: node for key, node in masked(stack.config).items() if key != "run"}
+    if isinstance(tree.get("tokenizer"), dict) and tree["tokenizer"].get("from"):
+        tree["tokenizer"]["from"] = PurePath(tree["tokenizer"]["from"]).name
     return str(yaml.safe_dump(tree, sort_keys=False, allow_unicode=True, width=110))
 
 

@@ -18,7 +18,7 @@ from vtp_core.errors import StackFault, StorageFault, suggestion
 from vtp_core.export import native
 from vtp_core.export.card import model_card, shown_stack
 from vtp_core.export.source import Source, check_weights, read_source
-from vtp_core.official.config import FILE as OFFICIAL_CONFIG
+from vtp_core.official.config import FILE as CONFIG
 from vtp_core.official.reading import STATISTICS, WEIGHTS
 from vtp_core.official.writing import to_official
 from vtp_core.run import manifest
@@ -73,6 +73,8 @@ def export(
     if format not in FORMATS:
         raise StackFault(f"format: no {format!r}{suggestion(format, FORMATS)}")
     check_weights(weights)
+    if out.resolve() == run.resolve():
+        raise StorageFault(f"{out} is what is exported; -o names another folder")
     source = read_source(run, weights, statistics)
     notes = _notes(source, format)
     plan = FORMATS[format](source, notes)
@@ -115,7 +117,7 @@ def _vtp(source: Source, notes: list[str]) -> Plan:
     card = _card(
         source, notes, 'Tokenizer.from_pretrained("this directory")  # or the release\'s own VTPModel'
     )
-    texts = {CARD: card, OFFICIAL_CONFIG: config.text()}
+    texts = {CARD: card, CONFIG: config.text()}
     return Plan(tensors, tuple(texts), lambda entries: texts, {})
 
 
@@ -154,15 +156,12 @@ def _claim(out: Path, ours: set[str]) -> None:
     """Make the folder; one that holds anything but an earlier export is left alone."""
     try:
         out.mkdir(parents=True, exist_ok=True)
-        others = sorted(entry.name for entry in out.iterdir() if not _own(entry.name, ours))
+        found = sorted(entry.name for entry in out.iterdir() if not entry.name.startswith(PARTIAL))
     except OSError as error:
         raise StorageFault(f"{out} cannot be made: {reason(error)}; -o names another place") from error
+    others = [name for name in found if name not in ours] if {WEIGHTS, CONFIG} <= set(found) else found
     if others:
         raise StorageFault(f"{out} is not empty (it has {others[0]}); -o names a new folder")
-
-
-def _own(name: str, ours: set[str]) -> bool:
-    return name in ours or name.startswith(PARTIAL)
 
 
 def _drop(out: Path, written: set[str]) -> None:

@@ -42,7 +42,7 @@ class Clip(Objective):
         projection_bias: add a bias to the text's projection.
     """
 
-    exports = ("embed_image", "embed_text")
+    exports: tuple[str, ...] = ("embed_image", "embed_text")
     sizes: ClassVar[dict[str, dict[str, Any]]] = {
         "tiny": {"width": 128, "depth": 2, "heads": 4, "context": 32, "embedding": 128, "vocabulary": 8192},
     }
