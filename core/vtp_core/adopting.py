@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from vtp_core.build import Model
-from vtp_core.errors import DataFault, StackFault
+from vtp_core.errors import DataFault, StackFault, suggestion
 from vtp_core.run.checkpoint import latest, load
 from vtp_core.stack import Stack
 from vtp_core.state import Parts, load_tokenizer, module_state, shadowed, shared_keys
@@ -66,6 +66,10 @@ def conditioning(stack: Stack, dataset: Dataset, exporters: Mapping[str, Objecti
         return len(dataset.names.get(name or "label", ())), 0
     if stack.config.get("generator") is None:
         return 0, 0
+    if name not in dataset.fields | dataset.provides:
+        raise StackFault(
+            f"generator.condition: the data has no {name!r}{suggestion(name, dataset.fields)}; null is none"
+        )
     embed = embedding(exporters)
     if embed is None:
         raise StackFault(

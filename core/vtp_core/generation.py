@@ -14,6 +14,7 @@ from vtp_core.build import Model, blueprint, build, without_training
 from vtp_core.clock import GivenClock, StepClock
 from vtp_core.components import resolve
 from vtp_core.conditions import Conditions
+from vtp_core.describe_sampling import DEFAULT, protocol_of
 from vtp_core.errors import DataFault, Fault, StackFault
 from vtp_core.hooks import manager_of
 from vtp_core.run.names import names_of
@@ -27,8 +28,6 @@ from vtp_core.tokenizer import Tokenizer, exporters_of, read_run
 from vtp_core.validation import validated
 from vtp_plugins.registry import Registry
 
-_DEFAULT: dict[str, Any] = {"use": "euler", "steps": 50}
-"""The sampler of a stack that names none, for a generator with a path."""
 TEMPLATES = 8  # samples on which the best steps for reuse are found (arXiv 2504.05741)
 
 
@@ -44,7 +43,8 @@ class Generator:
         weights: what ``network`` is, for the protocol.
 
     Attributes:
-        evaluations: forwards of the generator per sample in the last call.
+        evaluations: forwards of the generator per sample in the last call, both branches of guidance as one.
+        refreshes: how many of these ran its encoder too; all without ``reuse``.
     """
 
     def __init__(
@@ -70,7 +70,7 @@ class Generator:
         self.conditions = Conditions(self.spec, self.condition, self.names, embed, tokenizer.device)
         self.relay = manager_of(hooks or {}).hook
         self.sampler = self.model.sampler or _default_sampler(self.model)
-        self.evaluations = 0
+        self.evaluations = self.refreshes = 0
         self._reuse: Reuse | None = None
 
     @classmethod
@@ -126,17 +126,7 @@ class Generator:
     @property
     def protocol(self) -> str:
         """Everything a number depends on beside the weights and the seed."""
-        stack = self.model.stack
-        node: dict[str, Any] = stack.config.get("sampler") or (
-            _DEFAULT if self.model.path is not None else {}
-        )
-        own = {k: v for k, v in node.items() if k not in {"use", "guidance", "reuse", "weak"}}
-        said = [str(node.get("use", "")), *(f"{k} {v}" for k, v in own.items())]
-        for key in ("guidance", "reuse"):
-            if node.get(key):
-                said.append(f"{key} " + " ".join(f"{k} {v}" for k, v in node[key].items()))
-        said += [f"weak {node['weak']}"] if node.get("weak") else []
-        return ", ".join([*said, f"{self.weights} weights"])
+        return protocol_of(self.model.stack, self.weights)
 
     def label(self, name: str | int) -> int:
         """The index of a label given by name or number; StackFault where there is none."""
@@ -162,7 +152,7 @@ class Generator:
         """
         condition = self.conditions.of(n, labels, texts, seed, first)
         grid, parts = self.spec.grid, []
-        self.evaluations, training = 0, self.network.training
+        self.evaluations, self.refreshes, training = 0, 0, self.network.training
         self.network.eval()
         for start in range(0, n, batch):
             rows = slice(start, min(start + batch, n))
@@ -190,6 +180,7 @@ class Generator:
         if z.shape != shape:
             raise StackFault(f"the sampler gave {tuple(z.shape)}, {shape} was asked for")
         self.evaluations = max(self.evaluations, int(getattr(subject, "evaluations", 0)))
+        self.refreshes = max(self.refreshes, int(getattr(subject, "refreshes", self.evaluations)))
         return z.to(next(self.network.parameters()).dtype)
 
     def field(self) -> Field:
@@ -197,6 +188,10 @@ class Generator:
         keys = self.model.stack.sampler
         guidance = None if keys.guidance is None else validated(Guidance, "sampler.guidance", keys.guidance)
         reuse = None if keys.reuse is None else validated(Reuse, "sampler.reuse", keys.reuse)
+        if guidance is not None and guidance.channels != "all" and guidance.channels > self.spec.channels:
+            raise StackFault(
+                f"sampler.guidance.channels: the first {guidance.channels} of {self.spec.channels} channels; write all"
+            )
         auto = guidance is not None and guidance.use == "auto"
         if keys.weak is not None and not auto:
             raise StackFault(
@@ -253,7 +248,7 @@ def _default_sampler(model: Model) -> Any:
             "sampler: this generator has no path and the stack names no sampler for it; see vtp list samplers"
         )
     stack = model.stack
-    return resolve(stack.registry, "samplers", "sampler", _DEFAULT, stack.dial).build(model.spec)
+    return resolve(stack.registry, "samplers", "sampler", DEFAULT, stack.dial).build(model.spec)
 
 
 def _loaded(

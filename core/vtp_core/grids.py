@@ -40,12 +40,16 @@ def generate_grid(
     """
     if labels and texts:
         raise StackFault("--label and --text cannot be joined: a generator is conditioned on one of them")
+    if n < max(len(labels), len(texts)):
+        raise StackFault(f"--n {n}: fewer samples than the {max(len(labels), len(texts))} labels or texts")
     generator = Generator.from_pretrained(run, weights, overrides=overrides)
     indices = [generator.label(labels[i % len(labels)]) for i in range(n)] if labels else None
     captions = [texts[i % len(texts)] for i in range(n)] if texts else None
     images = generator.sample(n, indices, captions, seed)
     write_picture(out, grid_of(images))
-    return f"{out}: {n} samples, seed {seed}, {generator.evaluations} evaluations each | {generator.protocol}"
+    used = generator.evaluations
+    fresh = f" ({generator.refreshes} of them with its encoder)" if generator.refreshes < used else ""
+    return f"{out}: {n} samples, seed {seed}, {used} evaluations each{fresh} | {generator.protocol}"
 
 
 def grid_of(images: Tensor, columns: int | None = None) -> Tensor:

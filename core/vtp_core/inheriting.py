@@ -71,13 +71,16 @@ def inherited(tree: dict[Any, Any], registry: Registry) -> dict[Any, Any]:
 
 
 def _continued(objectives: Any, exports: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """``objectives`` with the options of those that so far travelled along; empty where the stack writes none."""
+    """``objectives`` with the options of those that so far travelled along; empty where the stack writes none.
+
+    One that travelled with weight 0 is not to be trained: the stack's own begins anew.
+    """
     if not isinstance(objectives, Mapping):
         return {}
     found = {}
     for name, node in objectives.items():
         written, kept = dict(node or {}), dict(exports.get(name, {}))
-        same = written.get("use", name) == kept.get("use", name)
+        same = written.get("use", name) == kept.get("use", name) and kept.get("weight") != 0
         options = {key: value for key, value in kept.items() if key not in OBJECTIVE_KEYS} if same else {}
         found[name] = {**options, **written} if isinstance(node, Mapping) else node
     return {"objectives": found}

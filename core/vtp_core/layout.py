@@ -117,6 +117,7 @@ class Layout:
                 raise StackFault(
                     f"{key}: no objective brings a mask {mask!r}{suggestion(mask, self.samplers)}"
                 )
+        self._check_depth(key, need)
         teachers = self.model.teachers
         if need.source.startswith("teacher:") and need.source[8:] not in teachers:
             raise StackFault(
@@ -126,6 +127,16 @@ class Layout:
         kinds = {family(output) for output in need.want} - {"input"}
         if kinds and need.view not in self.model.views and not (supplied and not kinds & {"cls", "patches"}):
             raise StackFault(f"{key}: no view {need.view!r}{suggestion(need.view, self.model.views)}")
+
+    def _check_depth(self, key: str, need: Need) -> None:
+        """``hidden:k`` must be a block that there is."""
+        module = self.model.generator if need.source == "generator" else self.model.encoder
+        depth = getattr(module, "depth", None)
+        for output in need.want if depth and not need.source.startswith("teacher:") else ():
+            block = output.removeprefix("hidden:")
+            if block != output and block.isdigit() and not 1 <= int(block) <= int(depth or 0):
+                what = "generator" if need.source == "generator" else "encoder"
+                raise StackFault(f"{key}: it reads {output}, and the {what} has blocks 1 to {depth}")
 
     def _check_balance(self, name: str) -> None:
         """The reference must exist, weigh by itself, and be active whenever the balanced objective is."""

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from vtp_core import evaluation
 from vtp_core.adopting import keeps_latents
-from vtp_core.errors import StackFault
 from vtp_core.generation import Generator
 from vtp_core.probes.bench import Bench
 from vtp_core.run import metrics
@@ -128,23 +127,6 @@ class Measuring:
         weak = self.engine.model.stack.sampler.weak
         device = str(self.engine.device)
         return None if weak is None else Generator.from_pretrained(weak, device=device).network
-
-    def check(self) -> None:
-        """See that the stack's sampler will work at the run's end.
-
-        Raises:
-            StackFault: guidance or reuse that this generator cannot have.
-        """
-        generator = self.generator(self._tokenizer()[0])
-        if generator is None or generator.sampler.kind != "path":
-            return
-        model, guidance = self.engine.model, generator.field().guidance
-        if guidance is not None and guidance.use == "cfg" and not model.drop_condition:
-            raise StackFault(
-                "sampler.guidance: the null condition would never be trained; set generator.drop_condition=0.1"
-            )
-        if model.stack.sampler.reuse is not None:
-            generator.latents(1, standardized=True)  # whether there is a state, and steps enough
 
     def _tokenizer(self) -> tuple[Tokenizer, Bench]:
         """The live modules as a tokenizer, and the data beside it."""

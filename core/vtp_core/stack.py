@@ -121,6 +121,9 @@ def load_run_stack(run: Path, registry: Registry, overrides: Iterable[str] = (),
         return (check_stack if check else Stack)(run.name, tree, registry)
     file = run / "stack.yaml"
     if not file.is_file():
+        if (run / "pipeline.json").is_file():
+            stages = " ".join(sorted(str(path.parent) for path in run.glob("*/stack.yaml")))
+            raise DataFault(f"{run} is a pipeline; the runs in it are {stages}")
         raise DataFault(
             f"{run} is no run directory: it has no stack.yaml; give a directory that vtp train or vtp export "
             "wrote, or an official VTP directory"

@@ -19,6 +19,7 @@ from vtp_core.official.config import is_official
 from vtp_core.official.hub import is_id, located
 from vtp_core.official.reading import read_official
 from vtp_core.run.checkpoint import latest, load
+from vtp_core.run.directory import RunDirectory
 from vtp_core.stack import Stack, check_stack, load_run_stack
 from vtp_core.state import loaded_tokenizer
 from vtp_plugins.registry import Registry
@@ -172,8 +173,14 @@ class Tokenizer(nn.Module):
         embedded: Tensor = self._exporter("embed_image").embed_image(given)
         return embedded
 
-    def embed_text(self, texts: Sequence[str]) -> Tensor:
-        """Texts to L2-normalised embeddings (n, E), by the objective that exports ``embed_text``."""
+    def embed_text(self, texts: Sequence[str] | Tensor) -> Tensor:
+        """Texts, or ids (n, L) of their tokens, to L2-normalised embeddings (n, E).
+
+        By the objective that exports ``embed_text``, and ``embed_ids`` for ids.
+        """
+        if isinstance(texts, Tensor):
+            known: Tensor = self._exporter("embed_ids").embed_ids(texts)
+            return known
         embedded: Tensor = self._exporter("embed_text").embed_text(list(texts))
         return embedded
 
@@ -208,7 +215,9 @@ def read_run(path: Path, overrides: Sequence[str] = ()) -> tuple[Stack, dict[str
         return stack, read_native(path)
     checkpoint = latest(path / "checkpoints")
     if checkpoint is None:
-        raise DataFault(f"{path} has no valid checkpoint yet; run vtp resume {path}")
+        fault = str(RunDirectory(path).record().get("fault") or "").partition("\n")[0]
+        why = f": it failed: {fault}" if fault else f"; run vtp resume {path}"
+        raise DataFault(f"{path} has no valid checkpoint yet{why}")
     parts, _ = load(checkpoint, verify=False)  # latest() has hashed it
     return stack, parts
 

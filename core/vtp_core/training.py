@@ -33,6 +33,7 @@ from vtp_core.saving import Saver
 from vtp_core.stack import Stack
 from vtp_core.stopping import Interrupted, Preempted, Stopping, handled
 from vtp_core.tokenizer import exporters_of
+from vtp_core.trial import check_sampler
 
 
 def train(stack: Stack, resume: Path | None = None) -> RunDirectory:
@@ -79,6 +80,8 @@ class Training:
         self.dataset = dataset
         self.probes = {n: c.build(self.model.spec) for n, c in probes.items()}
         check_fields(self.model, dataset)
+        adopting.check_latents(self.model, dataset)
+        check_sampler(self.model)
         self.directory = self._open(resume)
         self.metrics, self.readings = JsonLines(self.directory.metrics), JsonLines(self.directory.probes)
         self.engine.run_path = self.directory.path
@@ -96,8 +99,6 @@ class Training:
         )
         try:
             self.start = self._restore() if resume else 0
-            adopting.check_latents(self.model, dataset)
-            self.measuring.check()
         except BaseException:
             self.directory.close()  # or this process could not open it again
             raise

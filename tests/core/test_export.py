@@ -17,6 +17,7 @@ from vtp_core import Tokenizer, load_stack, train
 from vtp_core.errors import DataFault, StackFault, StorageFault
 from vtp_core.export.source import read_source
 from vtp_core.export.writing import export
+from vtp_core.generation import Generator
 from vtp_core.latents.writer import write_latents
 from vtp_core.official.config import Config
 from vtp_core.official.layout import shapes
@@ -284,3 +285,27 @@ def test_an_export_needs_its_run_no_longer(trained: Path, tmp_path: Path) -> Non
     assert Tokenizer.from_pretrained(tmp_path / "out").exports("embed_text")
     export(tmp_path / "out", tmp_path / "again", "native")
     assert same(tmp_path / "out", tmp_path / "again")
+
+
+def test_a_generator_travels_with_its_tokenizer(trained: Path, tmp_path: Path) -> None:
+    text = """
+size: tiny
+data: {use: emoji, batch_size: 8, workers: 0}
+tokenizer: {frozen: [encoder, bottleneck, decoder]}
+generator: {use: lightningdit, patch: 1, width: 32, depth: 1, heads: 2, path: {use: linear}, condition: label,
+            ema: {decay: 0.9}}
+sampler: {use: euler, steps: 2}
+objectives: {flow: {}}
+train: {steps: 2, seed: 0}
+"""
+    changes = [f"tokenizer.from={trained}", f"run.dir={tmp_path / 'run'}"]
+    path = train(load_stack(write_stack(tmp_path, text), changes)).path
+    export(path, tmp_path / "out", "native")
+    export(path, tmp_path / "ema", "native", weights="ema")
+    before = Generator.from_pretrained(path).sample(2, labels=[0, 1])
+    assert torch.equal(Generator.from_pretrained(tmp_path / "out").sample(2, labels=[0, 1]), before)
+    averaged = Generator.from_pretrained(tmp_path / "ema")
+    assert averaged.weights == "student"
+    assert torch.equal(averaged.sample(2, labels=[0, 1]), before)
+    assert Tokenizer.from_pretrained(tmp_path / "out").embed_text(["a flag"]).shape == (1, 32)
+    assert str(tmp_path) not in (tmp_path / "out" / "stack.yaml").read_text()

@@ -118,6 +118,15 @@ def test_a_sample_is_a_function_of_its_seed_and_number_alone(generator: Path) ->
     assert "euler, steps 3, guidance scale 2.0, ema weights" in found.protocol
 
 
+def test_two_ways_to_write_guidance_are_one_protocol(generator: Path) -> None:
+    found = [
+        Generator.from_pretrained(generator, overrides=[f"sampler.guidance.channels={value}"]).protocol
+        for value in ("3", "first_3")
+    ]
+    assert found[0] == found[1]
+    assert "channels 3" in found[0]
+
+
 def test_labels_go_by_name_or_number(generator: Path) -> None:
     found = Generator.from_pretrained(generator, weights="student")
     assert (
@@ -163,14 +172,17 @@ def test_a_generator_needs_no_condition(tokenizer: Path, tmp_path: Path) -> None
         (("sampler.guidance={scal: 2}",), "did you mean 'scale'"),
         (("sampler.reuse={keep: 9}",), "reuse"),
         (("sampler.guidance={use: auto, scale: 2}",), "weak"),
+        (("sampler.weak=runs/x",), "no run directory"),
+        (("sampler.guidance.channels=first_300",), "the first 300 of 8 channels"),
+        (("generator.condition=none",), "null is none"),
     ],
 )
 def test_a_sampler_that_cannot_work_is_refused_before_training(
     tokenizer: Path, tmp_path: Path, changes: tuple[str, ...], message: str
 ) -> None:
-    with pytest.raises(StackFault, match=message):
+    with pytest.raises((StackFault, DataFault), match=message):
         trained(tokenizer, tmp_path, *changes)
-    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_hook_can_wrap_sampling(tokenizer: Path, tmp_path: Path) -> None:
@@ -216,6 +228,9 @@ def test_the_command_writes_a_grid(
     assert code == 0
     assert "4 samples, seed 0, 2 evaluations each" in shown
     assert out.stat().st_size > 0
+    words = ["--label", "heart", "--label", "geometric"]
+    code, _, errors = run(capsys, "generate", str(generator), *words, "--n", "1", "-o", str(out))
+    assert (code, "fewer samples than the 2 labels" in errors) == (2, True)
     code, _, errors = run(capsys, "generate", str(generator), "--text", "a flag", "-o", str(out))
     assert (code, "not on texts" in errors) == (2, True)
     code, _, errors = run(capsys, "generate", str(generator), "-o", str(tmp_path / "grid.txt"))

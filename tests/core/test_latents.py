@@ -272,11 +272,12 @@ def test_a_broken_shard_names_itself_and_the_remedy(run: Path, tmp_path: Path) -
     with pytest.raises(DataFault, match=r"latents-00001\.safetensors has \d+ bytes, .*vtp latents .* -o"):
         Latents(SPEC, path=str(tmp_path))
     path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
-    Latents(SPEC, path=str(tmp_path))
-    with pytest.raises(DataFault, match="another sha256"):
-        Latents(SPEC, path=str(tmp_path), verify="full")
+    Latents(SPEC, path=str(tmp_path), verify="size")
+    for verify in ("full", "auto"):  # a small folder is hashed without being asked
+        with pytest.raises(DataFault, match="another sha256"):
+            Latents(SPEC, path=str(tmp_path), verify=verify)
     path.write_bytes(b"\xff" * len(data))
-    dataset = Latents(SPEC, path=str(tmp_path))
+    dataset = Latents(SPEC, path=str(tmp_path), verify="size")
     with pytest.raises(DataFault, match=r"latents-00001\.safetensors cannot be read"):
         dataset[9]
     path.unlink()

@@ -14,11 +14,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from small import run, write_stack
 from torch import Tensor
-from torch.nn import functional as F
 
 from vtp_core import Tokenizer, load_stack
 from vtp_core.errors import DataFault, StackFault
-from vtp_core.nn.text import encode_text
 from vtp_core.official.hub import is_id
 from vtp_core.official.reading import read_official
 
@@ -62,7 +60,7 @@ def test_embeddings_of_texts_and_logits_equal_the_release(case: tuple[Tokenizer,
     tok, io = case
     clip: Any = tok._exporter("embed_image")
     assert not tok.exports("embed_text")  # no tokenizer has so few words
-    text = F.normalize(encode_text(clip.text, io["in.text"]), dim=-1)
+    text = tok.embed_text(io["in.text"])
     assert off(text, io["out.clip_text"]) < 1e-5
     image = tok.embed_image(tok.modality.to_display(io["in.image_sq"]))
     bias = 0.0 if clip.logit_bias is None else clip.logit_bias
@@ -268,7 +266,7 @@ def test_any_stack_starts_from_a_directory(tmp_path: Path, capsys: pytest.Captur
     stack = load_stack("vtp-s", [f"tokenizer.from={SMALL}", "encoder.drop_path=0.1"])
     assert (stack.config["encoder"]["width"], stack.config["encoder"]["drop_path"]) == (48, 0.1)
     assert stack.config["bottleneck"] == {"use": "linear", "channels": 24}
-    assert stack.config["objectives"]["clip"]["on"] == "latent.cls"
+    assert stack.config["objectives"]["clip"] == {"weight": 1.0}  # nothing reads texts into its 64 words
     text = "size: tiny\ndata: {use: emoji, workers: 0, batch_size: 8}\n" + TRAINED
     changes = [
         f"tokenizer.from={SMALL}",
@@ -278,13 +276,13 @@ def test_any_stack_starts_from_a_directory(tmp_path: Path, capsys: pytest.Captur
     ]
     code, _, errors = run(capsys, "train", str(write_stack(tmp_path, text)), *changes)
     assert code == 0, errors
-    assert "new: objectives.dino, the EMA teacher (a copy)" in errors
+    assert "new: objectives.clip, objectives.dino, the EMA teacher (a copy)" in errors
     before, after = Tokenizer.from_pretrained(SMALL), Tokenizer.from_pretrained(tmp_path / "run")
     ema = Tokenizer.from_pretrained(tmp_path / "run", weights="ema")
     images = torch.rand(1, 3, 32, 32)
     assert off(after.encode(images), before.encode(images)) < 1e-2
     assert off(ema.encode(images), before.encode(images)) < 1e-2
-    assert after.embed_image(images).shape == (1, 32)  # clip, which is not trained, travels on
+    assert after.embed_image(images).shape == after.embed_text(["a flag"]).shape == (1, 24)
 
 
 TRAINED = """
@@ -292,6 +290,7 @@ encoder: {use: vit, patch: 8, image_size: 32, width: 32, depth: 2, heads: 2}
 bottleneck: {use: linear, channels: 8}
 decoder: {use: vit_pixels, width: 32, depth: 2, heads: 2}
 objectives:
+  clip: {depth: 1, width: 32, heads: 2, embedding: 24, context: 16, vocabulary: 1024}
   dino: {rows: 0.5, prototypes: 64, hidden: 32, bottleneck: 16, local_crops: 2}
   reconstruction: {lpips: 0.0}
 """

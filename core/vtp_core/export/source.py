@@ -81,8 +81,10 @@ def read_source(path: Path, weights: str = "student", statistics: Path | None = 
         stack = replace(stack, name=str(native.read_config(path).get("name", stack.name)))
     kept = {name: dict(part) for name, part in parts.items() if _travels(stack, name)}
     if weights != "student":
-        kept |= _averaged(parts, weights)
-        kept.pop("statistics", None)  # they are the student's
+        averages = _averaged(parts, weights)
+        kept = {name: part for name, part in kept.items() if name != "generator.ema"} | averages
+        if "tokenizer" in averages:
+            kept.pop("statistics", None)  # they are the student's
     if statistics is not None:
         kept["statistics"] = latents.read_statistics(statistics, latents.read(statistics))
         check(kept["statistics"], kept["tokenizer"], f"{statistics}: the latent statistics")

@@ -32,6 +32,9 @@ class _Opened:
     numbers: dict[str, list[int | None]]
 
 
+SMALL = 2**30  # bytes that are hashed within a second or two
+
+
 class Latents:
     """Raw latents and what was stored beside them.
 
@@ -46,7 +49,8 @@ class Latents:
         path: folder that ``vtp latents`` wrote.
         val: such a folder of other samples.
         flip: half of the draws are mirrored, if the latents were written with their mirror images.
-        verify: ``size`` compares the sizes of the shards at the start, ``full`` also their sha256.
+        verify: ``size`` compares the sizes of the shards at the start, ``full`` also their sha256; ``auto`` does
+            so where they take a gigabyte at most.
 
     Attributes:
         tokenizer_digest: (32,) uint8, ``vtp_core.statistics.digest`` of the tokenizer that wrote them.
@@ -65,7 +69,7 @@ class Latents:
         path: str,
         val: str = "",
         flip: bool = True,
-        verify: Literal["size", "full"] = "size",
+        verify: Literal["auto", "size", "full"] = "auto",
     ) -> None:
         self.splits: tuple[str, ...] = ("train", "val") if val else ("train",)
         if split not in self.splits:
@@ -77,8 +81,9 @@ class Latents:
         self.split, self.manifest = split, manifest.read(self.folder)
         self.tokenizer_digest = self._digest()
         self._check_spec(spec)
+        small = sum(shard.bytes for shard in self.manifest.shards) <= SMALL
         for shard in self.manifest.shards:
-            self._check_shard(shard, verify == "full")
+            self._check_shard(shard, verify == "full" or (verify == "auto" and small))
         self._statistics = manifest.read_statistics(self.folder, self.manifest)
         self._ends = list(accumulate(shard.samples for shard in self.manifest.shards))
         self._open: dict[int, _Opened] = {}

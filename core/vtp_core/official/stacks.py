@@ -8,6 +8,7 @@ from typing import Any
 from vtp_core.errors import DataFault
 from vtp_core.official.config import PATCH, Config, read_config
 
+_WORDS = 515  # of the smallest BPE: every byte, alone and at the end of a word, the two ends, one merge
 _DIALS = {(384, 12): "s", (768, 12): "b", (1024, 24): "l"}
 
 
@@ -79,8 +80,12 @@ ON = {
 
 
 def clip_of(config: Config) -> dict[str, Any]:
-    """Node of the CLIP objective; a bias of the logits means the sigmoid loss."""
+    """Node of the CLIP objective; a bias of the logits means the sigmoid loss.
+
+    A tower with fewer words than bytes has no tokenizer: weight 0 says that nothing is to be trained with it.
+    """
     return {
+        **({} if config.text_vocab_size >= _WORDS else {"weight": 0.0}),
         "on": ON[config.vision_clip_feat, config.vision_bottleneck_ae_only],
         "loss": "softmax" if config.init_logit_bias is None else "sigmoid",
         "width": config.text_embed_dim,

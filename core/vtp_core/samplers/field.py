@@ -58,7 +58,9 @@ class Field:
         self.guidance = guidance if guidance is not None and guidance.scale != 1 else None
         use = self.guidance.use if self.guidance is not None else ""
         if use == "cfg" and null is None:
-            raise ValueError("guidance: cfg needs a null condition, and the generator has no condition")
+            raise ValueError(
+                "guidance: cfg needs a null condition, and the generator has no condition; write sampler.guidance=null"
+            )
         if use == "auto" and weak is None:
             raise ValueError("guidance: auto needs a second, weaker generator; name one, or use: cfg")
         discrete = hasattr(path, "respaced")  # only such a path has variances to be learned

@@ -42,7 +42,7 @@ class Clip(Objective):
         projection_bias: add a bias to the text's projection.
     """
 
-    exports: tuple[str, ...] = ("embed_image", "embed_text")
+    exports: tuple[str, ...] = ("embed_image", "embed_text", "embed_ids")
     sizes: ClassVar[dict[str, dict[str, Any]]] = {
         "tiny": {"width": 128, "depth": 2, "heads": 4, "context": 32, "embedding": 128, "vocabulary": 8192},
     }
@@ -68,7 +68,7 @@ class Clip(Objective):
         super().__init__()
         self.coupled = True
         if vocabulary < SMALLEST:  # of others' weights: nothing turns a text into these ids
-            self.exports = ("embed_image",)
+            self.exports = ("embed_image", "embed_ids")
         self.on, self.loss, self.tokens = on, loss, Tokens(context, vocabulary)
         self.needs = {"image": Need(view, {on}, mask=None), "text": Need("tokens", {"input"}, mask=None)}
         self.views = {"tokens": self.tokens}
@@ -108,5 +108,8 @@ class Clip(Objective):
     def embed_text(self, texts: list[str]) -> Tensor:
         """Captions to unit vectors (B, E)."""
         tokens = torch.stack([self.tokens(text) for text in texts])  # (B, L)
-        tokens = tokens.to(self.logit_scale.device)
-        return F.normalize(wide(encode_text(self.text, tokens)), dim=-1)
+        return self.embed_ids(tokens)
+
+    def embed_ids(self, ids: Tensor) -> Tensor:
+        """Ids of captions (B, L), as :class:`vtp_core.nn.text.Tokens` makes them, to unit vectors (B, E)."""
+        return F.normalize(wide(encode_text(self.text, ids.to(self.logit_scale.device))), dim=-1)
