@@ -93,5 +93,7 @@ def test_an_exception_in_an_objective_names_it() -> None:
 
 
 def test_a_block_that_does_not_exist_is_refused_by_its_reader() -> None:
-    with pytest.raises(StackFault, match=r"objectives.read: it reads hidden:9, and the encoder has blocks 1 to 2"):
+    with pytest.raises(
+        StackFault, match=r"objectives.read: it reads hidden:9, and the encoder has blocks 1 to 2"
+    ):
         engine_of({"read": {"want": "hidden:9"}})
