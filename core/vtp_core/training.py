@@ -80,7 +80,8 @@ class Training:
         self.dataset = dataset
         self.probes = {n: c.build(self.model.spec) for n, c in probes.items()}
         check_fields(self.model, dataset)
-        adopting.check_latents(self.model, dataset)
+        if not resume:  # which loads the weights below
+            adopting.check_latents(self.model, dataset)
         check_sampler(self.model)
         self.directory = self._open(resume)
         self.metrics, self.readings = JsonLines(self.directory.metrics), JsonLines(self.directory.probes)
@@ -131,6 +132,7 @@ class Training:
             self.engine.load({k: v for k, v in parts.items() if k != "statistics"}, self.saver.saved or 0)
             if adopting.keeps_latents(self.model):
                 self.model.statistics = dict(parts.get("statistics", {}))
+        adopting.check_latents(self.model, self.dataset)
         step = self.saver.saved or 0
         checkpoint.cut(self.directory.checkpoints, step)
         self.metrics.cut(step)

@@ -77,7 +77,10 @@ def test_what_is_no_pipeline_is_told(text: str, words: str, bench: Bench) -> Non
         ("run.path=x", "run: unknown key 'path'"),
         ("generator.train.stepz=3", "stage generator: train.stepz: unknown key; did you mean 'steps'?"),
         ("generator.objectives.drift.cutt=[]", "stage generator: objectives.drift: unknown option 'cutt'"),
-        ("generator.generator.condition=lebel", "stage generator: generator.condition: 'lebel' is no label"),
+        (
+            "generator.generator.condition=lebel",
+            "stage generator: generator.condition: the data has no 'lebel'; did you mean 'label'",
+        ),
         ("~decoder.probes.knn", "stage decoder: override '~probes.knn': there is no 'knn' to remove"),
         (
             "decoder.tokenizer.from=x",
