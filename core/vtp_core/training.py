@@ -70,9 +70,8 @@ class Training:
         exporters = exporters_of(stack, self.carried, self.device) if self.carried else {}
         self.model = build(plans, *adopting.conditioning(stack, dataset, exporters))
         self.model.embed = adopting.embedding(exporters)
-        self.new = (
-            adopting.adopt(self.model, self.source) if self.source else []
-        )  # before the teacher's copies
+        # Before the engine is built: its EMA copies are taken from these weights.
+        self.new = adopting.adopt(self.model, self.source) if self.source else []
         self.hooks = build_hooks(stack, self.model.spec)
         self.engine = Engine(
             self.model, self.keys, stack.data.batch_size, self.device, self.hooks, dataset.provides
