@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Sequence
+from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -22,10 +24,11 @@ def rank() -> int:
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
 
-def start(device: torch.device) -> None:
-    """Join the other processes when torchrun started this one."""
+def start(device: torch.device, timeout: float = 600.0) -> None:
+    """Join the other processes when torchrun started this one; verdicts travel over gloo on any device."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
 
 
 @torch.no_grad()
@@ -71,6 +74,24 @@ def mean_over_processes(values: Tensor) -> Tensor:
         dist.all_reduce(values)
         values /= world_size()
     return values
+
+
+def agreed(flag: bool) -> bool:
+    """Whether any process says so; all get the same answer."""
+    if world_size() == 1:
+        return flag
+    raised = torch.tensor([flag], dtype=torch.uint8)
+    dist.all_reduce(raised, dist.ReduceOp.MAX)
+    return bool(raised.item())
+
+
+def gathered(value: Any) -> list[Any]:
+    """Every process's value by rank, on every process."""
+    if world_size() == 1:
+        return [value]
+    found: list[Any] = [None] * world_size()
+    dist.all_gather_object(found, value)
+    return found
 
 
 def told(value: str | None) -> str:

@@ -84,6 +84,10 @@ class Train(_Keys):
     precision: Literal["float32", "float64", "bfloat16"] = "float32"
     compile: Annotated[bool, AfterValidator(_not_built)] = False
     accumulate: int = Field(1, gt=0)
+    parallel: Literal["replicated", "fsdp2"] = "replicated"
+    activation_checkpointing: bool = False
+    timeout: float = Field(600.0, gt=0)
+    check_every: Step = 1000
     checkpoint_every: Step = "25%"
     keep: int = Field(2, gt=0)
     max_grad_norm: float | None = Field(3.0, gt=0)

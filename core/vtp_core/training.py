@@ -61,7 +61,7 @@ class Training:
         self.stack = stack = stack if resume else adopting.settled(stack)
         self.keys = stack.train
         self.device = device_of(self.keys.device)
-        distributed.start(self.device)
+        distributed.start(self.device, self.keys.timeout)
         plans = blueprint(stack)
         self.source, self.carried = adopting.beginning(stack, resume)
         probes = evaluation.probe_components(stack)
