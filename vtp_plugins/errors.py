@@ -7,9 +7,15 @@ from collections.abc import Iterable
 
 
 class Fault(Exception):
-    """A fault with a message for people; ``code`` is the exit code."""
+    """A fault with a message for people.
+
+    Attributes:
+        code: exit code of the command that it ends.
+        lines: that a command shows of the message; of a longer one the middle is left out.
+    """
 
     code = 1
+    lines = 6
 
 
 class StackFault(Fault, ValueError):

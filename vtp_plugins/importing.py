@@ -62,7 +62,9 @@ class Importer(Protocol):
 
 
 class Mismatch(DataFault, ValueError):
-    """Tensors that are not those of the network."""
+    """Tensors that are not those of the network; the message is a table."""
+
+    lines = 20
 
 
 def check_tensors(found: Shapes, wanted: Shapes) -> None:

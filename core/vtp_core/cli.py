@@ -18,7 +18,7 @@ from vtp_core.cli_generation import piped, say
 from vtp_core.cli_weights import app as weights_app
 from vtp_core.stopping import Interrupted, handled, interrupt
 
-_LONGEST, _WIDEST = 6, 600  # lines of a message, characters of a line
+_LINES, _WIDEST = 6, 600  # lines of a message, characters of a line
 
 app = typer.Typer(
     name="vtp", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
@@ -49,14 +49,14 @@ def main(arguments: list[str] | None = None) -> None:
             bug = "this is a bug of vtp-plugins; --debug tells where"
             _end(f"unexpected {type(error).__name__}: {error}\n{bug}", 1)
         else:
-            _end("\n".join([str(fault), *getattr(fault, "__notes__", ())]), fault.code)
+            _end("\n".join([str(fault), *getattr(fault, "__notes__", ())]), fault.code, fault.lines)
 
 
-def _end(message: str, code: int) -> NoReturn:
+def _end(message: str, code: int, longest: int = _LINES) -> NoReturn:
     """Say why the command ends, in a few lines: of a long message the middle is left out."""
     lines = [line if len(line) <= _WIDEST else f"{line[:_WIDEST]}..." for line in message.splitlines()]
-    if len(lines) > _LONGEST:
-        lines[_LONGEST - 3 : -2] = ["..."]
+    if len(lines) > longest:
+        lines[longest - 3 : -2] = ["..."]
     typer.echo("vtp: " + "\n".join(lines), err=True)
     raise SystemExit(code)
 

@@ -148,6 +148,18 @@ def test_the_command_ends_with_4(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert (code, "not finite" in errors) == (4, True)
 
 
+def test_the_command_shows_the_whole_table_of_up_to_twenty_lines(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    broken = copied(tmp_path, lambda state: [state.pop(name) for name in sorted(state)[:30]])
+    code, _, errors = run(capsys, "encode", str(broken), "none.png", "-o", str(tmp_path / "z.safetensors"))
+    lines = errors.splitlines()
+    assert code == 4
+    assert len(lines) <= 20
+    assert sum(line.startswith("missing") for line in lines) == 16
+    assert "and 14 more" in lines[-1]
+
+
 def test_a_tower_that_has_not_trained_yet_is_no_broken_one(tmp_path: Path) -> None:
     def young(state: dict[str, Tensor]) -> None:
         for name, value in state.items():

@@ -22,6 +22,7 @@ from vtp_core.official.stacks import tree_of
 from vtp_core.run.tensors import read_header, read_tensors
 from vtp_core.stack import Stack
 from vtp_core.statistics import check
+from vtp_plugins.importing import Mismatch
 from vtp_plugins.registry import Registry
 
 WEIGHTS = "model.safetensors"
@@ -31,7 +32,7 @@ _INDEX = f"{WEIGHTS}.index.json"
 _SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 _MAX_INDEX = 1 << 24
 _DTYPES = ("F32", "BF16", "F16")
-_ROWS = 40
+_ROWS = 16
 Parts = dict[str, dict[str, Tensor]]
 Problem = tuple[str, str, str, str]
 T = TypeVar("T")
@@ -47,8 +48,8 @@ def read_official(source: str | Path) -> tuple[Stack, Parts]:
             the id of one on the Hugging Face hub, which ``VTP_OFFLINE=1`` looks for in the local cache alone.
 
     Raises:
-        DataFault: the config is no VTP's, or tensors are missing, unexpected, of another shape or dtype, all
-            zero or not finite; the message has a table.
+        DataFault: the config is no VTP's, or a file is missing or broken.
+        Mismatch: tensors are missing, unexpected, of another shape or dtype, all zero or not finite.
     """
     path = located(source)
     config = read_config(path)
@@ -189,7 +190,7 @@ def _refuse(path: Path, problems: Iterable[Problem]) -> None:
     """Tell all problems in one table.
 
     Raises:
-        DataFault: there is one.
+        Mismatch: there is one.
     """
     rows = list(problems)
     if not rows:
@@ -200,4 +201,4 @@ def _refuse(path: Path, problems: Iterable[Problem]) -> None:
     wide = [max(len(row[column]) for row in shown) for column in range(4)]
     lines = ["  ".join(f"{cell:{w}}" for cell, w in zip(row, wide, strict=True)).rstrip() for row in shown]
     more = [f"... and {len(rows) - _ROWS} more"] if len(rows) > _ROWS else []
-    raise DataFault("\n".join([f"{path}: the tensors do not fit its config.json: {counts}", *lines, *more]))
+    raise Mismatch("\n".join([f"{path}: the tensors do not fit its config.json: {counts}", *lines, *more]))
