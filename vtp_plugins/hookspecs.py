@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from vtp_plugins.clock import Clock
+    from vtp_plugins.registry import Registry
 
 hookspec = pluggy.HookspecMarker("vtp")
 hookimpl = pluggy.HookimplMarker("vtp")
@@ -47,5 +48,5 @@ class Hooks:
         """After probes ran at ``step``."""
 
     @hookspec
-    def vtp_finish(self, run: Path) -> Path | None:
+    def vtp_finish(self, run: Path, registry: Registry) -> Path | None:
         """The run directory is complete; a page written about it is returned as its path."""

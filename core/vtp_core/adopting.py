@@ -46,7 +46,7 @@ def earlier(stack: Stack) -> Earlier | None:
     keys = stack.tokenizer
     if keys.from_ is None:
         return None
-    return Earlier(Path(keys.from_), read_run(Path(keys.from_))[1], keys.weights)
+    return Earlier(Path(keys.from_), read_run(Path(keys.from_), registry=stack.registry)[1], keys.weights)
 
 
 def beginning(stack: Stack, resume: Path | None) -> tuple[Earlier | None, dict[str, Any]]:

@@ -214,17 +214,19 @@ def eval_(run: RunPath, overrides: Overrides = None, as_json: AsJson = False, pl
 
 
 @app.command()
-def report(run: RunPath) -> None:
+def report(run: RunPath, plugin: Plugins = None) -> None:
     """Write the report of a run again and print its path."""
     from vtp_core.errors import StackFault
     from vtp_core.stack import load_run_stack
 
-    loaded = load_run_stack(run, registry_of())
-    from vtp_core.hooks import build_hooks
+    registry = registry_of(plugin)
+    loaded = load_run_stack(run, registry)
+    from vtp_core.hooks import build_hooks, manager_of
     from vtp_plugins.spec import Spec
 
     hooks = build_hooks(loaded, Spec())
-    pages = [hook.vtp_finish(run=run) for hook in hooks.values() if hasattr(hook, "vtp_finish")]
+    manager = manager_of(hooks)
+    pages = [page for page in manager.hook.vtp_finish(run=run, registry=registry) if page is not None]
     if not pages:
         raise StackFault(
             "the run's stack names no hook that writes a report; add hooks: {report: {}}, see vtp list hooks"
@@ -243,11 +245,12 @@ def encode(
     run: RunPath,
     files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="Pictures.")],
     out: Annotated[Path, typer.Option("-o", "--out", help="Safetensors file to write.")],
+    plugin: Plugins = None,
 ) -> None:
     """Encode pictures to raw latents, one tensor ``latents`` (B, C, h, w)."""
     from vtp_core.files import encode_files
 
-    typer.echo(encode_files(run, files, out))
+    typer.echo(encode_files(run, files, out, registry_of(plugin)))
 
 
 @app.command()
@@ -255,11 +258,12 @@ def decode(
     run: RunPath,
     latents: Annotated[Path, typer.Argument(metavar="Z", help="What vtp encode wrote.")],
     out: Annotated[Path, typer.Option("-o", "--out", help="Directory for PNG files.")],
+    plugin: Plugins = None,
 ) -> None:
     """Decode latents to PNG pictures."""
     from vtp_core.files import decode_file
 
-    for path in decode_file(run, latents, out):
+    for path in decode_file(run, latents, out, registry_of(plugin)):
         typer.echo(path)
 
 

@@ -81,12 +81,13 @@ def generate(
     seed: Annotated[int, typer.Option("--seed", min=0, help="Of noise and drawn labels.")] = 0,
     weights: Annotated[str | None, typer.Option("--weights", help="ema or student.")] = None,
     out: Annotated[Path, typer.Option("-o", "--out", help="PNG file to write.")] = Path("grid.png"),
+    plugin: Plugins = None,
 ) -> None:  # fmt: skip
     """Sample pictures from a run's generator into one grid, with overrides such as sampler.steps=20."""
     from vtp_core.grids import generate_grid
 
-    asked = {"n": n, "labels": label or (), "texts": text or (), "seed": seed, "weights": weights}
-    typer.echo(generate_grid(run, out, **asked, overrides=overrides or ()))  # type: ignore[arg-type]
+    asked: Any = {"n": n, "labels": label or (), "texts": text or (), "seed": seed, "weights": weights}
+    typer.echo(generate_grid(run, out, **asked, overrides=overrides or (), registry=registry_of(plugin)))
 
 
 def say(line: str) -> None:

@@ -18,6 +18,7 @@ from vtp_plugins.spec import Spec
 if TYPE_CHECKING:
     from vtp_plugins.protocols import Dataset, Probe
     from vtp_plugins.reading import Reading
+    from vtp_plugins.registry import Registry
 
 
 def dataset_component(stack: Stack) -> Component:
@@ -108,7 +109,7 @@ def evaluate(run: Path, stack: Stack, limit: int | None = None) -> tuple[list[Re
         from vtp_core.generation import Generator  # which needs this module's neighbours
 
         generator = Generator.of_stack(stack, run)
-    tokenizer = Tokenizer.from_pretrained(run) if generator is None else generator.tokenizer
+    tokenizer = generator.tokenizer if generator else Tokenizer.from_pretrained(run, registry=stack.registry)
     probes = build_probes(stack, tokenizer.spec)
     bench = Bench(tokenizer, probed_factory(stack, tokenizer.spec), limit=limit)
     return measured(tokenizer, probes, bench, generator)
@@ -138,12 +139,13 @@ def as_row(reading: Reading) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def bench_of(run: Path, **keys: Any) -> tuple[Tokenizer, Bench]:
+def bench_of(run: Path, registry: Registry | None = None, **keys: Any) -> tuple[Tokenizer, Bench]:
     """The tokenizer of a run and the bench over its data.
 
     Args:
         run: a run directory.
+        registry: what the names of its stack mean; by default what is installed.
         **keys: ``limit``, ``batch_size`` and other keys of :class:`Bench`.
     """
-    tokenizer = Tokenizer.from_pretrained(run)
+    tokenizer = Tokenizer.from_pretrained(run, registry=registry)
     return tokenizer, Bench(tokenizer, probed_factory(tokenizer.stack, tokenizer.spec), **keys)

@@ -15,11 +15,12 @@ from vtp_core.data.views import Centre
 from vtp_core.errors import DataFault, StorageFault
 from vtp_core.run.files import reason, replace
 from vtp_core.tokenizer import Tokenizer
+from vtp_plugins.registry import Registry
 
 ROWS = 64  # pictures of one pass
 
 
-def encode_files(run: Path, files: list[Path], out: Path) -> str:
+def encode_files(run: Path, files: list[Path], out: Path, registry: Registry | None = None) -> str:
     """Encode pictures, scaled and centre-cropped to the tokenizer's size, to raw latents.
 
     Returns:
@@ -31,7 +32,7 @@ def encode_files(run: Path, files: list[Path], out: Path) -> str:
     """
     if out.exists() and not out.is_file():  # a device must not be replaced by a file
         raise StorageFault(f"{out} is no plain file; -o names the file to write, such as z.safetensors")
-    tokenizer = Tokenizer.from_pretrained(run)
+    tokenizer = Tokenizer.from_pretrained(run, registry=registry)
     view = Centre(tokenizer.spec.size)
     parts = []
     for start in range(0, len(files), ROWS):
@@ -79,14 +80,14 @@ def write_picture(path: Path, image: Tensor) -> None:
         raise StorageFault(f"{path} cannot be written: {reason(error)}") from error
 
 
-def decode_file(run: Path, latents: Path, out: Path) -> list[Path]:
+def decode_file(run: Path, latents: Path, out: Path, registry: Registry | None = None) -> list[Path]:
     """Decode raw latents to PNG files, rounded to uint8.
 
     Raises:
         DataFault: the file holds no ``latents`` of this tokenizer's channels.
         StorageFault: the output cannot be written.
     """
-    tokenizer = Tokenizer.from_pretrained(run)
+    tokenizer = Tokenizer.from_pretrained(run, registry=registry)
     z = _latents(latents, tokenizer, run)
     _folder(out)
     paths: list[Path] = []

@@ -75,8 +75,9 @@ class Generator:
 
     @classmethod
     def from_pretrained(
-        cls, path: str | Path, weights: str | None = None, device: str = "cpu", overrides: Sequence[str] = ()
-    ) -> Generator:
+        cls, path: str | Path, weights: str | None = None, device: str = "cpu", overrides: Sequence[str] = (),
+        registry: Registry | None = None,
+    ) -> Generator:  # fmt: skip
         """Load a generator and its tokenizer from a run.
 
         Args:
@@ -84,12 +85,14 @@ class Generator:
             weights: ``ema`` or ``student``; None takes the average where the run kept one.
             device: where to put both.
             overrides: of the run's stack, such as ``sampler.steps=20``.
+            registry: what its names mean; by default what is installed.
 
         Raises:
             DataFault: nothing loadable is there.
             StackFault: the run has no generator, or not those weights.
         """
-        return cls.of_stack(load_run_stack(Path(path), Registry(), overrides), Path(path), weights, device)
+        stack = load_run_stack(Path(path), registry or Registry(), overrides)
+        return cls.of_stack(stack, Path(path), weights, device)
 
     @classmethod
     def of_stack(cls, stack: Stack, run: Path, weights: str | None = None, device: str = "cpu") -> Generator:
@@ -110,9 +113,12 @@ class Generator:
         model.generator.to(device).eval().requires_grad_(False)
         tokenizer = Tokenizer(model, exporters).to(device).eval().requires_grad_(False)
         tokenizer.stack = stack
-        weak = cls.from_pretrained(stack.sampler.weak, device=device).network if stack.sampler.weak else None
+        weak = stack.sampler.weak and cls.from_pretrained(
+            stack.sampler.weak, device=device, registry=stack.registry
+        )
         labels = names.get(model.condition or "", ())
-        return cls(tokenizer, names=labels, hooks=_hooks(stack, model), weak=weak, weights=weights)
+        weaker = weak.network if weak else None
+        return cls(tokenizer, names=labels, hooks=_hooks(stack, model), weak=weaker, weights=weights)
 
     @property
     def spec(self) -> Any:

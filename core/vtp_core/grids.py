@@ -13,11 +13,12 @@ from torchvision.utils import make_grid
 from vtp_core.errors import StackFault
 from vtp_core.files import write_picture
 from vtp_core.generation import Generator
+from vtp_plugins.registry import Registry
 
 
 def generate_grid(
     run: Path, out: Path, *, n: int = 16, labels: Sequence[str] = (), texts: Sequence[str] = (), seed: int = 0,
-    weights: str | None = None, overrides: Sequence[str] = (),
+    weights: str | None = None, overrides: Sequence[str] = (), registry: Registry | None = None,
 ) -> str:  # fmt: skip
     """Sample ``n`` pictures into one PNG grid; sample i of a seed is the same in every call and run.
 
@@ -30,6 +31,7 @@ def generate_grid(
         seed: of noise and drawn labels.
         weights: ``ema`` or ``student``.
         overrides: of the run's stack, such as ``sampler.steps=20``.
+        registry: what the names of the stack mean; by default what is installed.
 
     Returns:
         A line with the file, the sampler and the evaluations per sample.
@@ -42,7 +44,7 @@ def generate_grid(
         raise StackFault("--label and --text cannot be joined: a generator is conditioned on one of them")
     if n < max(len(labels), len(texts)):
         raise StackFault(f"--n {n}: fewer samples than the {max(len(labels), len(texts))} labels or texts")
-    generator = Generator.from_pretrained(run, weights, overrides=overrides)
+    generator = Generator.from_pretrained(run, weights, overrides=overrides, registry=registry)
     indices = [generator.label(labels[i % len(labels)]) for i in range(n)] if labels else None
     captions = [texts[i % len(texts)] for i in range(n)] if texts else None
     images = generator.sample(n, indices, captions, seed)

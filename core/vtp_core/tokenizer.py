@@ -71,8 +71,9 @@ class Tokenizer(nn.Module):
 
     @classmethod
     def from_pretrained(
-        cls, path: str | Path, weights: str = "student", device: str = "cpu", overrides: Sequence[str] = ()
-    ) -> Tokenizer:
+        cls, path: str | Path, weights: str = "student", device: str = "cpu", overrides: Sequence[str] = (),
+        registry: Registry | None = None,
+    ) -> Tokenizer:  # fmt: skip
         """Load a tokenizer from a run, an export or an official VTP directory.
 
         Args:
@@ -81,12 +82,13 @@ class Tokenizer(nn.Module):
             weights: ``student``, or ``ema`` where the run kept an EMA teacher.
             device: where to put it.
             overrides: of its stack, such as ``encoder.rope_dtype=float32``, which the release rounds to bfloat16.
+            registry: what its names mean; by default what is installed. ``Registry([file])`` knows single files.
 
         Raises:
             DataFault: nothing loadable is there.
             StackFault: the weights do not fit the stack, or the run has no EMA teacher.
         """
-        stack, parts = read_run(located(path) if is_id(path) else Path(path), overrides)
+        stack, parts = read_run(located(path) if is_id(path) else Path(path), overrides, registry)
         model = loaded_tokenizer(blueprint(bare(stack)), chosen(parts, weights))
         model.statistics = dict(parts.get("statistics", {}))
         kept = {name: part for name, part in parts.items() if name.startswith(("objectives/", "exports/"))}
@@ -206,9 +208,11 @@ class Tokenizer(nn.Module):
         raise LookupError(f"this tokenizer has no {name}; {hint}")
 
 
-def read_run(path: Path, overrides: Sequence[str] = ()) -> tuple[Stack, dict[str, dict[str, Tensor]]]:
+def read_run(
+    path: Path, overrides: Sequence[str] = (), registry: Registry | None = None
+) -> tuple[Stack, dict[str, dict[str, Tensor]]]:
     """Stack and newest valid checkpoint of a run directory, or of an export or an official VTP directory."""
-    stack = load_run_stack(path, Registry(), overrides, check=False)
+    stack = load_run_stack(path, registry or Registry(), overrides, check=False)
     if is_official(path):
         return stack, read_official(path)[1]
     if is_native(path):

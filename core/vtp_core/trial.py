@@ -18,7 +18,7 @@ def check_sampler(model: Model) -> None:
         return
     keys, weak = model.stack.sampler, None
     if keys.weak is not None:
-        weak = Generator.from_pretrained(keys.weak).network
+        weak = Generator.from_pretrained(keys.weak, registry=model.stack.registry).network
     generator = Generator(Tokenizer(model), weak=weak)
     if generator.sampler.kind != "path":
         return

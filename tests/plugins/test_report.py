@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from vtp_plugins.hookspecs import Hooks
+from vtp_plugins.registry import Registry
 from vtp_plugins.spec import Spec
 from vtp_report import Report
 from vtp_report.components import principal_colours
@@ -154,7 +155,7 @@ def opens(monkeypatch: pytest.MonkeyPatch) -> Any:
 
     def serve(bench: Any) -> None:
         module = ModuleType("vtp_core.evaluation")
-        module.bench_of = lambda run: (Blur(), bench)  # type: ignore[attr-defined]
+        module.bench_of = lambda run, registry: (Blur(), bench)  # type: ignore[attr-defined]
         monkeypatch.setitem(sys.modules, "vtp_core.evaluation", module)
 
     return serve
@@ -179,7 +180,7 @@ class Page(HTMLParser):
 
 
 def report(run: Path) -> str:
-    return Report(Spec()).vtp_finish(run).read_text(encoding="utf-8")
+    return Report(Spec()).vtp_finish(run, Registry()).read_text(encoding="utf-8")
 
 
 def test_a_whole_run_fills_every_section(tmp_path: Path, opens: Any) -> None:
@@ -272,7 +273,7 @@ def test_an_empty_directory_gives_a_page_that_says_so(tmp_path: Path) -> None:
 def test_without_a_tokenizer_the_curves_are_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     module = ModuleType("vtp_core.evaluation")
 
-    def bench_of(run: Path) -> Any:
+    def bench_of(run: Path, registry: Any) -> Any:
         raise LookupError(f"{run} has no valid checkpoint")
 
     module.bench_of = bench_of  # type: ignore[attr-defined]
@@ -287,7 +288,7 @@ def test_a_broken_file_is_named_and_a_torn_line_is_passed_over(tmp_path: Path) -
     with (run / "metrics.jsonl").open("a") as file:
         file.write('{"step": 41, "lo')
     (run / "probes.jsonl").write_text("not a row\n")
-    record = read(run)
+    record = read(run, Registry())
     assert record.steps == 40
     assert len(record.faults) == 1
     assert "probes.jsonl, line 1" in Page(report(run)).text
@@ -300,7 +301,7 @@ def test_the_hook_is_one_that_pluggy_knows(tmp_path: Path, opens: Any) -> None:
     manager.register(Report(Spec()), "report")
     manager.check_pending()
     run = write_run(tmp_path / "run")
-    assert manager.hook.vtp_finish(run=run) == [run / "report.html"]
+    assert manager.hook.vtp_finish(run=run, registry=Registry()) == [run / "report.html"]
 
 
 def test_secrets_of_the_environment_are_not_quoted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -21,7 +22,7 @@ from vtp_report.draws import Draws, embedded
 from vtp_report.generated import grid
 from vtp_report.mixing import Between, between
 from vtp_report.pictures import picture
-from vtp_report.record import AbsentError
+from vtp_report.record import AbsentError, Record
 from vtp_report.stage import Stage, stage_of
 
 NAMES = ("cat", "dog", "emu", "fox")
@@ -285,5 +286,6 @@ def test_a_crop_shows_the_place_with_most_detail() -> None:
 
 def test_a_run_that_is_gone_has_no_before() -> None:
     stage = Stage(source="/nowhere/run", retrained=("decoder",))
+    record = Record(Path("run"), [], [], "", "", {}, {}, stage=stage)
     with pytest.raises(AbsentError, match="no longer at /nowhere/run"):
-        before.before(stage, None, Bench(), 2, 0)
+        before.before(record, None, Bench(), 2, 0)

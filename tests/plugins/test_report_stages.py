@@ -12,6 +12,7 @@ import pytest
 from small import write_stack
 
 from vtp_core import load_stack, train
+from vtp_plugins.registry import Registry
 from vtp_plugins.spec import Spec
 from vtp_report import Report
 
@@ -77,7 +78,7 @@ def generator(tokenizer: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 def report(run: Path, **options: object) -> str:
     few: dict[str, object] = {"samples": 2, "labels": 2, "frames": 3, "questions": 2, "draws": 2}
-    return Report(Spec(), **{**few, **options}).vtp_finish(run).read_text(encoding="utf-8")  # type: ignore[arg-type]
+    return Report(Spec(), **{**few, **options}).vtp_finish(run, Registry()).read_text(encoding="utf-8")  # type: ignore[arg-type]
 
 
 def shown(html: str, section: str) -> str:

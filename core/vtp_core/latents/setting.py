@@ -121,7 +121,7 @@ def prepared(
                 f"{override}: latents are written of data; only data... and teachers... apply here"
             )
     stack = load_run_stack(run, registry, overrides, check=False)
-    tokenizer = Tokenizer.from_pretrained(run, weights=weights, device=device)
+    tokenizer = Tokenizer.from_pretrained(run, weights=weights, device=device, registry=registry)
     if tokenizer.statistics and weights == "student":
         check(
             tokenizer.statistics, tokenizer.state_dict(), f"{run}: its latent statistics", f"vtp resume {run}"

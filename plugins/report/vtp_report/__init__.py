@@ -8,6 +8,7 @@ from typing import Annotated
 from pydantic import Field
 
 from vtp_plugins.hookspecs import hookimpl
+from vtp_plugins.registry import Registry
 from vtp_plugins.spec import Spec
 from vtp_report.amounts import Amounts
 
@@ -44,14 +45,14 @@ class Report:
         self.amounts = Amounts(samples, questions, depth, seed, labels, draws, frames)
 
     @hookimpl
-    def vtp_finish(self, run: Path) -> Path:
+    def vtp_finish(self, run: Path, registry: Registry) -> Path:
         """Write the page of ``run`` and return its path."""
         from vtp_core.run.files import replace
         from vtp_report.page import render
         from vtp_report.record import read
         from vtp_report.sections import sections
 
-        parts = sections(read(run), self.amounts)
+        parts = sections(read(run, registry), self.amounts)
         page = run / "report.html"
         replace(page, render(**parts).encode())
         return page

@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vtp_report.pictures import Picture, picture
-from vtp_report.record import AbsentError
+from vtp_report.record import AbsentError, Record
 from vtp_report.samples import drawn, query_split
-from vtp_report.stage import Stage
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -41,7 +40,7 @@ class Before:
     closeups: list[Closeup]
 
 
-def before(stage: Stage, tokenizer: Any, bench: Bench, samples: int, seed: int) -> Before:
+def before(record: Record, tokenizer: Any, bench: Bench, samples: int, seed: int) -> Before:
     """Crops at the place with most detail in the original.
 
     Raises:
@@ -52,10 +51,13 @@ def before(stage: Stage, tokenizer: Any, bench: Bench, samples: int, seed: int) 
     from vtp_core.run.environment import masked
     from vtp_core.tokenizer import Tokenizer
 
+    stage = record.stage
     source = str(masked(stage.source))
     if not Path(stage.source).exists():
         raise AbsentError(f"the run this stage began with is no longer at {source}")
-    earlier = Tokenizer.from_pretrained(stage.source, stage.weights, device=str(bench.device))
+    earlier = Tokenizer.from_pretrained(
+        stage.source, stage.weights, device=str(bench.device), registry=record.registry
+    )
     split = query_split(bench)
     found = drawn(bench, split, samples, seed, "before")
     originals = torch.stack(list(found.values())).to(bench.device)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vtp_report.asked import Asked
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from vtp_report.record import Record
 
 ROWS = 16  # samples of one pass
 
@@ -57,13 +58,14 @@ class Draws:
         return noise if alone else noise.repeat(rows, *[1] * (noise.ndim - 1))
 
 
-def opened(run: Path, guided: bool) -> tuple[Any, Any | None]:
+def opened(record: Record) -> tuple[Any, Any | None]:
     """The generator of a run without guidance, and with it where its stack says so."""
     from vtp_core.generation import Generator
 
-    if not guided:
-        return Generator.from_pretrained(run), None
-    return Generator.from_pretrained(run, overrides=["sampler.guidance=null"]), Generator.from_pretrained(run)
+    def read(*overrides: str) -> Any:
+        return Generator.from_pretrained(record.run, overrides=overrides, registry=record.registry)
+
+    return (read("sampler.guidance=null"), read()) if record.stage.guided else (read(), None)
 
 
 def embedded(generator: Any, values: Sequence[int | str | None]) -> Tensor | None:

@@ -10,6 +10,7 @@ from typing import Any
 from vtp_core.errors import DataFault, StackFault
 from vtp_core.run import metrics
 from vtp_core.run.environment import masked
+from vtp_plugins.registry import Registry
 from vtp_report.stage import Stage, stage_of
 
 Row = dict[str, Any]
@@ -33,6 +34,7 @@ class Record:
         environment: environment.json; empty where the file is missing.
         faults: files that are there and cannot be read, one line each.
         stage: what the stack trains, and from what.
+        registry: what the names of the stack mean.
     """
 
     run: Path
@@ -44,6 +46,7 @@ class Record:
     environment: dict[str, Any]
     faults: tuple[str, ...] = ()
     stage: Stage = field(default_factory=Stage)
+    registry: Registry = field(default_factory=Registry)
 
     @property
     def steps(self) -> int:
@@ -51,7 +54,7 @@ class Record:
         return max((int(row["step"]) for row in [*self.metrics, *self.probes]), default=0)
 
 
-def read(run: Path) -> Record:
+def read(run: Path, registry: Registry) -> Record:
     """The record of ``run``; a file that is missing leaves its place empty."""
     faults: list[str] = []
     rows = _rows(run / "metrics.jsonl", faults)
@@ -66,6 +69,7 @@ def read(run: Path) -> Record:
         environment=masked(_mapping(run / "environment.json", faults)),
         faults=tuple(faults),
         stage=_stage(run / "stack.yaml"),
+        registry=registry,
     )
 
 

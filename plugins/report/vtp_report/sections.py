@@ -15,7 +15,6 @@ from vtp_report.neighbours import neighbours
 from vtp_report.page import Section, facts, flat, section, title
 from vtp_report.reconstructions import reconstructions
 from vtp_report.record import AbsentError, Record
-from vtp_report.stage import Stage
 from vtp_report.zero_shot import zero_shot
 
 if TYPE_CHECKING:
@@ -50,18 +49,18 @@ def _pictures(record: Record, amounts: Amounts) -> dict[str, Section]:
 
     found = section("tokenizer", lambda: _opened(record))
     with torch.no_grad():
-        parts = _of_tokenizer(found, record.stage, amounts)
+        parts = _of_tokenizer(found, record, amounts)
         if record.stage.generator:
             bench = found.content[1] if found.content else None
             parts |= _of_generator(record, bench, amounts)
     return parts
 
 
-def _of_tokenizer(found: Section, stage: Stage, amounts: Amounts) -> dict[str, Section]:
+def _of_tokenizer(found: Section, record: Record, amounts: Amounts) -> dict[str, Section]:
     """Neighbours and zero-shot tell of encoders that were trained for them: a generator's run leaves them out."""
     names = ["reconstructions", "components"]
-    names += [] if stage.generator else ["neighbours", "zero_shot"]
-    names += ["before"] if stage.retrained else []
+    names += [] if record.stage.generator else ["neighbours", "zero_shot"]
+    names += ["before"] if record.stage.retrained else []
     if found.content is None:
         note = f"The tokenizer of this run could not be opened: {found.note}"
         return dict.fromkeys(names, Section(note=note))
@@ -72,7 +71,7 @@ def _of_tokenizer(found: Section, stage: Stage, amounts: Amounts) -> dict[str, S
         "components": lambda: components(tokenizer, bench, n, seed),
         "neighbours": lambda: neighbours(bench, amounts.questions, amounts.depth, seed),
         "zero_shot": lambda: zero_shot(tokenizer, bench, amounts.questions, amounts.depth, seed),
-        "before": lambda: before(stage, tokenizer, bench, (n + 1) // 2, seed),
+        "before": lambda: before(record, tokenizer, bench, (n + 1) // 2, seed),
     }
     return {name: section(name.replace("_", "-"), makers[name]) for name in names}
 
@@ -92,7 +91,7 @@ def _of_generator(record: Record, bench: Bench | None, amounts: Amounts) -> dict
 
 
 def _draws(record: Record, bench: Bench | None, amounts: Amounts) -> Draws:
-    plain, guided = opened(record.run, record.stage.guided)
+    plain, guided = opened(record)
     conditions = asked(plain, bench, amounts.labels)
     return Draws(plain, guided, conditions, amounts.draws, amounts.seed)
 
@@ -100,7 +99,7 @@ def _draws(record: Record, bench: Bench | None, amounts: Amounts) -> Draws:
 def _opened(record: Record) -> tuple[Any, Bench]:
     from vtp_core.evaluation import bench_of
 
-    tokenizer, bench = bench_of(record.run)
+    tokenizer, bench = bench_of(record.run, record.registry)
     return tokenizer, bench
 
 
