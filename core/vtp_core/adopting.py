@@ -13,11 +13,12 @@ from torch import Tensor
 
 from vtp_core.build import Model
 from vtp_core.errors import DataFault, StackFault, suggestion
+from vtp_core.exporters import exporting
 from vtp_core.run.checkpoint import latest, load
 from vtp_core.stack import Stack
 from vtp_core.state import Parts, load_tokenizer, module_state, shadowed, shared_keys
 from vtp_core.statistics import check, digest
-from vtp_core.tokenizer import chosen, exporting, read_run
+from vtp_core.tokenizer import chosen, read_run
 
 if TYPE_CHECKING:
     from vtp_plugins.objective import Objective

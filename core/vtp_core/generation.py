@@ -16,6 +16,7 @@ from vtp_core.components import resolve
 from vtp_core.conditions import Conditions
 from vtp_core.describe_sampling import DEFAULT, protocol_of
 from vtp_core.errors import DataFault, Fault, StackFault
+from vtp_core.exporters import exporters_of
 from vtp_core.hooks import manager_of
 from vtp_core.run.names import names_of
 from vtp_core.samplers.field import Field
@@ -24,7 +25,7 @@ from vtp_core.samplers.reuse import Reuse
 from vtp_core.samplers.templates import fitted
 from vtp_core.stack import Stack, load_run_stack
 from vtp_core.state import load_modules
-from vtp_core.tokenizer import Tokenizer, exporters_of, read_run
+from vtp_core.tokenizer import Tokenizer, read_run
 from vtp_core.validation import validated
 from vtp_plugins.registry import Registry
 

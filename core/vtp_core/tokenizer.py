@@ -10,11 +10,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from vtp_core import options
-from vtp_core.build import Model, blueprint, objectives_only
-from vtp_core.components import resolve
-from vtp_core.errors import DataFault, Fault, StackFault
+from vtp_core.build import Model, blueprint
+from vtp_core.errors import DataFault, StackFault
 from vtp_core.export.native import is_native, read_native
+from vtp_core.exporters import exporters_of
 from vtp_core.official.config import is_official
 from vtp_core.official.hub import is_id, located
 from vtp_core.official.reading import read_official
@@ -246,51 +245,3 @@ def chosen(parts: Mapping[str, Mapping[str, Tensor]], weights: str) -> dict[str,
             raise StackFault("this run kept no EMA teacher; use weights='student'")
         tensors |= averaged
     return tensors
-
-
-def exporting(stack: Stack, nodes: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """Names of those objectives that export something and are installed."""
-    found = []
-    for name, node in nodes.items():
-        try:
-            component = resolve(
-                stack.registry, "objectives", f"objectives.{name}", node, stack.dial, _modules(stack),
-                options.OBJECTIVE_KEYS,
-            )  # fmt: skip
-        except Fault:
-            continue  # not installed here: the message of the missing method names it
-        if component.cls.exports:
-            found.append(name)
-    return found
-
-
-def exporters_of(
-    stack: Stack, parts: Mapping[str, Mapping[str, Tensor]] | None, device: str | torch.device
-) -> dict[str, Objective]:
-    """Objectives that export something and are installed, trained here or by the run it started from.
-
-    Args:
-        stack: names them.
-        parts: of a checkpoint; None leaves initial weights, where only shapes matter.
-        device: where to put them.
-    """
-    nodes = {**stack.tokenizer.exports, **stack.section("objectives")}
-    kept = {name: nodes[name] for name in exporting(stack, nodes)}
-    if not kept:
-        return {}
-    wanted = {"modality", "size", "encoder", "bottleneck", "modules", "tokenizer"}
-    config = {k: v for k, v in stack.config.items() if k in wanted}
-    config["size"] = stack.tokenizer.size or stack.dial
-    model = objectives_only(blueprint(Stack(stack.name, {**config, "objectives": kept}, stack.registry)))
-    for name, objective in model.objectives.items():
-        if parts is not None:
-            tensors = parts.get(f"objectives/{name}", parts.get(f"exports/{name}"))
-            if tensors is None:
-                raise DataFault(f"the checkpoint has no weights of objectives.{name}")
-            objective.load_state_dict(dict(tensors), strict=False)
-        objective.to(device).eval().requires_grad_(False)
-    return dict(model.objectives)
-
-
-def _modules(stack: Stack) -> frozenset[str]:
-    return frozenset(stack.section("modules"))

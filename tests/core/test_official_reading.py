@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from small import run, write_stack
 from torch import Tensor
 
-from vtp_core import Tokenizer, load_stack
+from vtp_core import Tokenizer, load_stack, train
 from vtp_core.errors import DataFault, StackFault
 from vtp_core.official.hub import is_id
 from vtp_core.official.reading import read_official
@@ -306,6 +306,15 @@ objectives:
   dino: {rows: 0.5, prototypes: 64, hidden: 32, bottleneck: 16, local_crops: 2}
   reconstruction: {lpips: 0.0}
 """
+
+
+def test_an_objective_of_another_size_than_the_directory_s_is_built_by_its_own_dial(tmp_path: Path) -> None:
+    few = TRAINED.replace("width: 32, heads: 2, embedding: 24, ", "").replace("width: 32,", "width: 64,")
+    text = "size: s\ndata: {use: emoji, workers: 0, batch_size: 4}\n" + few
+    changes = [f"tokenizer.from={SMALL}", "train.steps=1", f"run.dir={tmp_path / 'run'}"]
+    found = Tokenizer.from_pretrained(train(load_stack(write_stack(tmp_path, text), changes)).path)
+    assert found.stack.tokenizer.size != found.stack.dial
+    assert found.embed_text(["a flag"]).shape == (1, 768)  # the option's default, not that of size tiny
 
 
 def test_averages_of_a_directory_are_refused() -> None:

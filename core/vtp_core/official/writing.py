@@ -14,6 +14,7 @@ from vtp_core import options
 from vtp_core.build import blueprint
 from vtp_core.components import Component, resolve
 from vtp_core.errors import StackFault
+from vtp_core.exporters import exporting
 from vtp_core.models.bottlenecks import Linear
 from vtp_core.models.pixels import ViTPixels
 from vtp_core.models.rope import Rope
@@ -23,7 +24,7 @@ from vtp_core.official.keys import CLIP, from_ours
 from vtp_core.official.layout import PERIODS, shapes
 from vtp_core.official.stacks import ON
 from vtp_core.stack import Stack
-from vtp_core.tokenizer import bare, exporting
+from vtp_core.tokenizer import bare
 
 _SAID = ("architectures", "dtype", "torch_dtype", "transformers_version", "text_pad_id", "text_output_tokens",
          "nonscalar_logit_scale", "init_logit_scale")  # fmt: skip
