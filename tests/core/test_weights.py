@@ -21,7 +21,7 @@ from safetensors.numpy import load_file, save
 from vtp_core import weights
 from vtp_core.errors import DataFault, StackFault
 from vtp_core.weights_sources import read_arrays, tensors_of
-from vtp_core.weights_table import TABLE, Entry
+from vtp_core.weights_table import TABLE, Entry, Item
 
 KERNEL = np.arange(24, dtype=np.float32).reshape(1, 2, 3, 4)  # (h, w, in, out)
 BIAS = np.arange(4, dtype=np.float32)
@@ -57,7 +57,8 @@ def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Entry:
 
 
 def test_a_package_is_converted_once_without_being_imported(fake: Entry) -> None:
-    assert [(row.name, row.state, row.installed) for row in weights.listing()] == [("toy", "missing", True)]
+    row = next(row for row in weights.listing() if isinstance(row.entry, Entry))
+    assert (row.name, row.state, row.installed, row.pinned_by) == ("toy", "missing", True, "table")
     file = weights.import_("toy")
     assert file == weights.path("toy")
     read = load_file(file)
@@ -154,6 +155,32 @@ def test_a_permuted_state_dict_keeps_its_values(tmp_path: Path, fake: Entry) -> 
     assert (load_file(tmp_path / "s.safetensors")["w"] == value.numpy()).all()
 
 
+def test_files_that_belong_together_come_together(fake: Entry, tmp_path: Path, monkeypatch: Any) -> None:
+    words = b'{"words": {}}'
+    digest = hashlib.sha256(words).hexdigest()
+    item = Item("deep/tokenizer.json", digest, digest, len(words), ".tokenizer.json")
+    monkeypatch.setattr(weights, "TABLE", {"toy": replace(fake, beside=(item,))})
+    with pytest.raises(DataFault, match=r"tokenizer\.json is missing beside the others"):
+        weights.import_("toy")
+    assert not weights.home().exists()
+    beside = tmp_path / "site" / "toy_weights_package" / "tokenizer.json"
+    beside.write_bytes(words + b" ")
+    with pytest.raises(DataFault, match="was not read"):
+        weights.import_("toy")
+    beside.write_bytes(words)
+    file = weights.import_("toy")
+    assert weights.beside("toy", ".tokenizer.json").read_bytes() == words
+    assert weights.verify("toy") == {"toy": "ready"}
+    carried = tmp_path / "carried"
+    file.parent.rename(carried)
+    assert weights.verify("toy") == {"toy": "missing"}
+    weights.import_("toy", carried / "toy.safetensors")
+    weights.beside("toy", ".tokenizer.json").write_bytes(words + b" ")
+    assert weights.verify("toy") == {"toy": "broken"}
+    with pytest.raises(DataFault, match="broken"):
+        weights.beside("toy", ".tokenizer.json")
+
+
 class _Calls:
     def __init__(self, function: Callable[..., Any], *arguments: Any) -> None:
         self.call = (function, arguments)
@@ -213,12 +240,12 @@ def test_listing_imports_neither_torch_nor_numpy() -> None:
 
 @pytest.mark.parametrize("name", sorted(TABLE))
 def test_the_pinned_hashes_hold(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    row = next(row for row in weights.listing() if row.name == name)
+    row, entry = next(row for row in weights.listing() if row.name == name), TABLE[name]
     if not row.installed:
-        pytest.skip(f"package {row.entry.requirement} is not installed")
+        pytest.skip(f"package {entry.requirement} is not installed")
     monkeypatch.setenv("VTP_HOME", str(tmp_path))
     file = weights.import_(name)
-    assert file.stat().st_size == row.entry.size
+    assert file.stat().st_size == entry.size
     assert weights.verify(name) == {name: "ready"}
 
 

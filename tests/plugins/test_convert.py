@@ -226,3 +226,21 @@ def test_tensors_that_do_not_belong_are_one_table(
     assert f"holds other tensors than {name}'s" in lines[0]
     assert "unknown: surplus (1,)" in lines[1] and f"missing: {first} (" in lines[2]
     assert f"of another shape: {second} (5,) for (" in lines[3]
+
+
+def test_zeros_are_refused_but_for_those_that_a_new_network_has(tmp_path: Path) -> None:
+    tensors = load_file(file("sit/weights"))
+    young = {
+        name: torch.zeros_like(t)
+        if "adaLN_modulation" in name or name.startswith("final_layer.linear")
+        else t
+        for name, t in tensors.items()
+    }
+    torch.save(young, tmp_path / "young.pt")
+    convert(Request("sit", tmp_path / "young.pt", words=("heads=4",)), tmp_path / "out")
+    young["blocks.0.attn.qkv.weight"] = torch.zeros_like(tensors["blocks.0.attn.qkv.weight"])
+    torch.save(young, tmp_path / "dead.pt")
+    with pytest.raises(
+        Mismatch, match=r"sit: values .*\n1 tensor all zero: generator:body\.blocks\.0\.attn\.qkv\.weight \("
+    ):
+        convert(Request("sit", tmp_path / "dead.pt", words=("heads=4",)), tmp_path / "no")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,6 +11,8 @@ import torch
 from torch import Tensor
 
 from vtp_core.build import blueprint, tokenizer_only
+from vtp_core.converting.conversion import Request, convert
+from vtp_core.errors import DataFault
 from vtp_core.stack import check_stack
 from vtp_core.state import load_tokenizer
 from vtp_core.tokenizer import Tokenizer
@@ -99,6 +103,84 @@ def test_published_shapes_are_read_off_names() -> None:
     assert "encoder.down.4.attn.1.k.weight" in theirs and "decoder.up.4.attn.2.norm.bias" in theirs
     assert LDM.to_ours(theirs)[0] == sections
     assert 69e6 < sum(tensor.numel() for tensor in theirs.values()) < 71e6
+
+
+# ---- files as they are published
+
+
+def written(folder: Path, what: Any, name: str = "weights.ckpt") -> Path:
+    folder.mkdir(exist_ok=True)
+    torch.save(what, folder / name)
+    return folder / name
+
+
+def test_a_latent_diffusion_checkpoint_gives_its_autoencoder(tmp_path: Path) -> None:
+    theirs, told = LDM.to_theirs(weights(SECTIONS), SECTIONS), list[str]()
+    others = {"model.diffusion_model.out.weight": torch.ones(2), "model_ema.decay": torch.ones(())}
+    for wrapper in ("", "module."):
+        state = {f"{wrapper}first_stage_model.{name}": tensor for name, tensor in theirs.items()}
+        state |= {f"{wrapper}{name}": tensor for name, tensor in others.items()}
+        state[f"{wrapper}first_stage_model.loss.logvar"] = torch.zeros(())
+        file = written(tmp_path / "in", {"state_dict": state, "global_step": 7})
+        out = convert(
+            Request("ldm", file, words=("image_size=16",), scale=0.18215), tmp_path / f"out{wrapper}", None,
+            told.append,
+        )  # fmt: skip
+        assert torch.equal(
+            Tokenizer.from_pretrained(out).encoder.conv_in.weight, theirs["encoder.conv_in.weight"]
+        )
+        assert told.pop() == (
+            "left out, as they belong to others: loss.logvar, model.diffusion_model.out.weight, model_ema.decay"
+        )
+
+
+@pytest.mark.parametrize(
+    ("config", "mean", "std"),
+    [
+        ({"scaling_factor": 0.18215}, 0.0, 1 / 0.18215),
+        ({"scaling_factor": 1.5305, "shift_factor": 0.0609}, 0.0609, 1 / 1.5305),  # SD3
+        (
+            {"scaling_factor": 0.3611, "shift_factor": 0.1159, "latents_mean": None},
+            0.1159,
+            1 / 0.3611,
+        ),  # FLUX
+        ({"scaling_factor": 0.5, "latents_mean": [1.0] * 4, "latents_std": [3.0] * 4}, 1.0, 6.0),
+    ],
+)
+def test_factors_of_diffusers_become_the_statistics(
+    tmp_path: Path, config: dict[str, Any], mean: float, std: float
+) -> None:
+    state = DIFFUSERS.to_theirs(weights(SECTIONS), SECTIONS)
+    file = written(tmp_path / "vae", state, "diffusion_pytorch_model.bin")
+    full = {"_class_name": "AutoencoderKL", "sample_size": 1024, "norm_num_groups": 32, **config}
+    (tmp_path / "vae" / "config.json").write_text(json.dumps(full))
+    out = convert(Request("diffusers_vae", file, words=("image_size=16",)), tmp_path / "out")
+    tokenizer, images = Tokenizer.from_pretrained(out), torch.rand(1, 3, 16, 16)
+    seen = tokenizer.encode(images, standardized=True)
+    torch.testing.assert_close(seen, (tokenizer.encode(images) - mean) / std)
+    torch.testing.assert_close(
+        tokenizer.decode(seen, standardized=True),
+        tokenizer.decode(tokenizer.encode(images)),
+        rtol=1e-3,
+        atol=1e-3,
+    )
+
+
+def test_factors_that_make_no_latent_are_refused(tmp_path: Path) -> None:
+    file = written(tmp_path / "vae", DIFFUSERS.to_theirs(weights(SECTIONS), SECTIONS))
+    for words, match in (
+        (("scaling_factor=0",), "scaling_factor: a positive factor"),
+        (("scaling_factor=1", "latents_mean=[1.0]"), "latents_mean: 1 values for 4 channels"),
+        (("shift_factor=1.0", "latents_std=[1.0,1.0,1.0,1.0]"), "latents_mean: it takes the place"),
+        (("latents_std=[1.0,0.0,1.0,1.0]",), "latents_std: every deviation"),
+    ):
+        with pytest.raises(DataFault, match=match):
+            convert(Request("diffusers_vae", file, words=("image_size=16", *words)), tmp_path / "no")
+    (tmp_path / "vae" / "config.json").write_text(
+        '{"_class_name": "UNet2DConditionModel", "scaling_factor": 0}'
+    )
+    out = convert(Request("diffusers_vae", file, words=("image_size=16",)), tmp_path / "out")
+    assert not Tokenizer.from_pretrained(out).statistics
 
 
 @pytest.mark.parametrize(

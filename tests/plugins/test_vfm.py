@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from vtp_core.modalities import Image
 from vtp_core.tokenizer import Tokenizer
+from vtp_core.weights_files import pin
 from vtp_plugins import Spec
 from vtp_plugins.errors import DataFault
 from vtp_plugins.importing import Mismatch
@@ -126,7 +127,10 @@ def test_what_it_cannot_do_is_refused() -> None:
 def test_weights_may_come_later_but_must_come(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VTP_HOME", str(tmp_path))
     for weights, match in (
-        (None, rf"not at {tmp_path}/timm/{NAME}\.safetensors"),
+        (
+            None,
+            rf"not at {tmp_path}/timm/{NAME}\.lvd142m\.safetensors(.|\n)*vtp weights import {NAME}\.lvd142m --from",
+        ),
         ("checkpoint", "was not loaded"),
     ):
         encoder = tiny(weights=weights)
@@ -147,10 +151,11 @@ def test_a_file_with_timms_keys_is_read(tmp_path: Path, monkeypatch: pytest.Monk
     (tmp_path / "timm").mkdir()
     for file, weights in (
         (tmp_path / "w.safetensors", str(tmp_path / "w.safetensors")),
-        (tmp_path / "weights" / "timm" / f"{NAME}.safetensors", None),
+        (tmp_path / "weights" / "timm" / f"{NAME}.lvd142m.safetensors", None),
     ):
         file.parent.mkdir(parents=True, exist_ok=True)
         save_file(network.state_dict(), file)
+        pin(file)
         encoder = tiny(weights=weights, affine=False)
         assert torch.equal(encoder.network.pos_embed, network.pos_embed)
         encoder(X)

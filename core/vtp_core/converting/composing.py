@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from torch import Tensor
 from vtp_core import adopting
 from vtp_core.build import Model, blueprint, build, spec_of, without_training
 from vtp_core.converting.statistics import of_file, of_scale
+from vtp_core.converting.values import check_values
 from vtp_core.errors import DataFault, StackFault
 from vtp_core.inheriting import inherited
 from vtp_core.models.absent import Absent
@@ -61,7 +62,7 @@ def composed(
     Raises:
         StackFault: the tokenizer is another generator's, or an override is wrong.
         DataFault: the tokenizer can't be read.
-        Mismatch: tensors are not those of the stack's modules.
+        Mismatch: tensors are not those of the stack's modules, or all zero where a new module's are not.
     """
     tree: dict[Any, Any] = {"modality": "image", **_plain(converted.sections)}
     parts: Parts = dict(converted.parts)
@@ -85,6 +86,7 @@ def composed(
     with torch.device("meta"):
         model = build(plans, converted.classes)
     _check(module_state(model), parts)
+    _check_values(name, converted, lambda: module_state(build(plans, converted.classes)))
     earlier = dict(source.parts.get("statistics", {})) if source else {}
     return Composed(stack, model, parts, dict(converted.statistics) or earlier)
 
@@ -151,6 +153,18 @@ def _check_latent(spec: Any, converted: Converted, run: Path | None) -> None:
             f"--tokenizer {run}: its latents are {spec.grid} cells, the generator's {tuple(grid)}; where the "
             f"tokenizer takes such pictures: encoder.image_size={size[0]}"
         )
+
+
+def _check_values(name: str, converted: Converted, fresh: Callable[[], Mapping[str, Any]]) -> None:
+    """Hold what the importer gave against what a new network of the stack would have."""
+
+    def joint(parts: Mapping[str, Any]) -> dict[str, Tensor]:
+        return {f"{part}:{key}": t for part, tensors in parts.items() for key, t in tensors.items()}
+
+    try:
+        check_values(joint(converted.parts), lambda: joint(fresh()))
+    except Mismatch as error:
+        raise Mismatch(f"{name}: values that no training leaves behind\n{error}") from error
 
 
 def _check(wanted: Mapping[str, Mapping[str, Tensor]], parts: Parts) -> None:

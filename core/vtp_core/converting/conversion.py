@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from vtp_core.converting.composing import Composed, composed, statistics_of
-from vtp_core.converting.files import read, state_dict
+from vtp_core.converting.files import Taken, read, state_dict
 from vtp_core.converting.options import options_of, parted
 from vtp_core.errors import DataFault, Fault, StackFault
 from vtp_core.run import checkpoint, names
@@ -20,6 +21,8 @@ from vtp_plugins.importing import Converted, Mismatch
 from vtp_plugins.registry import Registry
 
 _IMAGENET = "imagenet"
+_CONFIG = "config.json"
+_MAX_CONFIG = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +73,7 @@ def convert(
     registry = registry or Registry()
     importer = registry.load("importers", asked.format, "FORMAT")
     own, overrides = parted(asked.words)
-    options = options_of(importer, asked.format, own)
+    options = options_of(importer, asked.format, own, _settings(importer, asked.file, own, note))
     check_free(out)
     converted = _imported(importer, asked, options)
     if converted.left:
@@ -83,7 +86,7 @@ def convert(
 
 
 def _imported(importer: Any, asked: Request, options: dict[str, Any]) -> Converted:
-    tensors = _tensors(importer, asked)
+    tensors, left = _tensors(importer, asked)
     try:
         converted: Converted = importer.convert(tensors, **options)
     except Mismatch as error:
@@ -95,19 +98,39 @@ def _imported(importer: Any, asked: Request, options: dict[str, Any]) -> Convert
             f"{asked.file} as {asked.format}: {error}\noptions stand behind the file as key=value: vtp show "
             f"importers/{asked.format}"
         ) from error
-    return converted
+    return replace(converted, left=(*converted.left, *left))
 
 
-def _tensors(importer: Any, asked: Request) -> dict[str, Tensor]:
-    """The tensors of all files together."""
+def _settings(
+    importer: Any, file: Path, words: Sequence[str], note: Callable[[str], object]
+) -> dict[str, Any]:
+    """Options out of the ``config.json`` beside the file, where the importer knows such; those written win."""
+    beside = file.parent / _CONFIG
+    if not hasattr(importer, "settings") or not beside.is_file():
+        return {}
+    try:
+        with beside.open("rb") as stream:
+            config = json.loads(stream.read(_MAX_CONFIG))
+    except (OSError, ValueError, RecursionError) as error:
+        raise DataFault(f"{beside} beside {file.name} can't be read: {error}") from error
+    written = {word.partition("=")[0] for word in words}
+    found = importer.settings(config) if isinstance(config, dict) else {}
+    found = {key: value for key, value in found.items() if key not in written}
+    if found:
+        note(f"of {beside}: {', '.join(f'{key}={value}' for key, value in found.items())}")
+    return dict(found)
+
+
+def _tensors(importer: Any, asked: Request) -> Taken:
+    """The tensors of all files together, and the names that lie beside them."""
     holders = tuple(getattr(importer, "holders", ()))
-    tensors = state_dict(read(asked.file), asked.file, asked.key, holders)
+    tensors, left = state_dict(read(asked.file), asked.file, asked.key, holders)
     for file in asked.beside:
-        more = state_dict(read(file), file, None, holders)
+        more, others = state_dict(read(file), file, None, holders)
         if both := sorted(tensors.keys() & more.keys()):
             raise DataFault(f"{asked.file} and {file} both have {_told(both)}")
-        tensors |= more
-    return tensors
+        tensors, left = tensors | more, left + others
+    return Taken(tensors, left)
 
 
 def _labels(source: str | None, classes: int) -> list[str]:

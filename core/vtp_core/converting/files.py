@@ -8,19 +8,21 @@ import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from vtp_core.converting.values import not_finite
 from vtp_core.errors import DataFault, suggestion
 
 SUFFIXES = (".safetensors", ".pt", ".pth", ".ckpt", ".bin")
 HOLDERS = ("ema", "state_dict", "model")
 """Where training scripts keep their networks; an average comes first."""
-_PREFIXES = ("module.", "model.", "_orig_mod.")
+_PREFIXES = ("module.", "model.")
+_COMPILED = "_orig_mod."  # torch.compile puts it before the names of whatever it wraps
 _GLOBAL = re.compile(r"(?:GLOBAL|global|class|type)\s+[`']?([\w.]+)")
 _PLAIN = (argparse.Namespace,)  # what scripts store beside their weights; it runs no code
 
@@ -58,9 +60,19 @@ def _unsafe(error: UnpicklingError) -> str:
     )
 
 
-def state_dict(
-    found: Any, file: Path, key: str | None = None, holders: Sequence[str] = ()
-) -> dict[str, Tensor]:
+class Taken(NamedTuple):
+    """The state dict in a file, and what lies beside it.
+
+    Attributes:
+        tensors: by their published names, without the prefixes of wrappers.
+        left: names in the file of what belongs to others.
+    """
+
+    tensors: dict[str, Tensor]
+    left: tuple[str, ...]
+
+
+def state_dict(found: Any, file: Path, key: str | None = None, holders: Sequence[str] = ()) -> Taken:
     """The state dict in what a file holds.
 
     Args:
@@ -72,19 +84,27 @@ def state_dict(
     Raises:
         DataFault: there is none, or nothing under ``key``.
     """
-    node = _picked(found, file, key) if key else _unwrapped(found, holders)
-    tensors = (
-        {str(name): value for name, value in node.items() if isinstance(value, Tensor)} if _is(node) else {}
-    )
+    node, left = (_picked(found, file, key), ()) if key else _unwrapped(found, holders)
+    tensors = _bare(_tensors(node))
     if not tensors:
         keys = sorted(map(str, node)) if _is(node) else []
         raise DataFault(f"{file} has no tensors there, but {_told(keys)}; --key names where they are")
-    while prefix := next((p for p in _PREFIXES if all(name.startswith(p) for name in tensors)), ""):
-        tensors = {name.removeprefix(prefix): value for name, value in tensors.items()}
-    broken = sorted(n for n, t in tensors.items() if t.is_floating_point() and not t.isfinite().all())
-    if broken:
+    if broken := sorted(not_finite(tensors)):
         raise DataFault(f"{file}: {len(broken)} tensors are not finite: {_told(broken)}")
-    return tensors
+    return Taken(tensors, left)
+
+
+def _tensors(node: Any) -> dict[str, Tensor]:
+    return {name: value for name, value in _items(node) if isinstance(value, Tensor)}
+
+
+def _bare(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Without what wrappers put before names: torch.compile anywhere, others where every name has it."""
+    plain = {name.replace(_COMPILED, ""): value for name, value in tensors.items()}
+    found = plain if len(plain) == len(tensors) else tensors
+    while prefix := next((p for p in _PREFIXES if found and all(name.startswith(p) for name in found)), ""):
+        found = {name.removeprefix(prefix): value for name, value in found.items()}
+    return found
 
 
 def _is(node: Any) -> bool:
@@ -120,12 +140,22 @@ def _below(node: Any, part: str) -> Any:
     return inner or None
 
 
-def _unwrapped(found: Any, holders: Sequence[str]) -> Any:
-    node = found
+def _unwrapped(found: Any, holders: Sequence[str]) -> tuple[Any, tuple[str, ...]]:
+    """The innermost of what holds a network, and the names beside it."""
+    node, left = found, list[str]()
     while True:
-        named = (below for name in holders if (below := _below(node, name)) is not None)
-        usual = (node[name] for name in HOLDERS if _is(node) and _is(node.get(name)))
-        inner = next(named, None) or next(usual, None)
+        node = _bare(tensors) if len(tensors := _tensors(node)) == len(_items(node)) and tensors else node
+        named = ((name, below) for name in holders if (below := _below(node, name)) is not None)
+        usual = ((name, node[name]) for name in HOLDERS if _is(node) and _is(node.get(name)))
+        name, inner = next(named, None) or next(usual, ("", None))
         if inner is None:
-            return node
+            return node, tuple(left)
+        left += _beside(node, name)
         node = inner
+
+
+def _beside(node: Any, taken: str) -> list[str]:
+    """Names of tensors, and of mappings of tensors, that are not below a key."""
+    others = {k: v for k, v in _items(node) if k != taken and not k.startswith(f"{taken}.")}
+    tensors = [name for name, value in others.items() if isinstance(value, Tensor)]
+    return tensors + [f"{name}.*" for name, value in others.items() if _tensors(value)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pydantic
@@ -23,15 +23,23 @@ def parted(words: Sequence[str]) -> tuple[list[str], list[str]]:
     return own, [word for word in words if word not in own]
 
 
-def options_of(importer: Any, name: str, words: Sequence[str]) -> dict[str, Any]:
+def options_of(
+    importer: Any, name: str, words: Sequence[str], settings: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
     """Keyword arguments for an importer's ``convert``.
+
+    Args:
+        importer: whose they are.
+        name: of the importer.
+        words: ``key=value``.
+        settings: what a file's own configuration says, likewise.
 
     Raises:
         StackFault: an option that it doesn't take, or a value of the wrong type.
         PluginFault: the importer breaks the contract.
     """
     schema = _schema(importer, name)
-    given: dict[str, Any] = {}
+    given: dict[str, Any] = dict(settings or {})
     for word in words:
         key, equals, _ = word.partition("=")
         if not equals or key not in schema.model_fields:

@@ -13,9 +13,9 @@ _WANTED = ["config.json", "model.safetensors", "model-*.safetensors", "model.saf
 _OFFLINE = ("VTP_OFFLINE", "HF_HUB_OFFLINE")
 
 
-def offline() -> bool:
-    """Whether the network is forbidden."""
-    return any(os.environ.get(name, "").lower() not in {"", "0", "false", "no"} for name in _OFFLINE)
+def offline() -> str:
+    """The variable that forbids the network; empty where it is allowed."""
+    return next((n for n in _OFFLINE if os.environ.get(n, "").lower() not in {"", "0", "false", "no"}), "")
 
 
 def is_id(source: str | Path) -> bool:
@@ -40,9 +40,9 @@ def located(source: str | Path) -> Path:
 
     local = offline()
     try:
-        return Path(snapshot_download(str(source), allow_patterns=_WANTED, local_files_only=local))
+        return Path(snapshot_download(str(source), allow_patterns=_WANTED, local_files_only=bool(local)))
     except Exception as error:  # huggingface_hub raises what its HTTP library does
-        why = "the network is forbidden (VTP_OFFLINE)" if local else str(error).splitlines()[0]
+        why = f"the network is forbidden ({local})" if local else str(error).splitlines()[0]
         raise DataFault(
             f"there is no directory {source}, and of the Hugging Face hub: {why}\n"
             f"fetch it where there is a network: hf download {source}"

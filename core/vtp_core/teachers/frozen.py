@@ -11,8 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vtp_core import weights as registry
+from vtp_core.converting.files import read, state_dict
+from vtp_core.converting.values import check_values
 from vtp_core.errors import DataFault, StackFault
 from vtp_core.nn.chunked import wide
+from vtp_core.weights_towers import Library
+from vtp_plugins.importing import Mismatch, check_tensors
 from vtp_plugins.spec import Spec
 
 Interpolation = Literal["bicubic", "bilinear"]
@@ -135,67 +139,57 @@ def is_meta() -> bool:
     return torch.empty(0).is_meta
 
 
-def file_of(library: str, name: str, weights: str | None, allow_random: bool) -> Path | None:
+def file_of(library: Library, name: str, weights: str | None, allow_random: bool) -> Path | None:
     """The file with a model's weights; None for random ones, and where shapes alone are built.
 
     Args:
-        library: folder below ``$VTP_HOME`` and owner on the model hub, ``timm``.
-        name: of the model.
-        weights: a file, ``random``, or None for ``$VTP_HOME/<library>/<name>.safetensors``.
+        library: that names the model.
+        name: of the model, with or without the tag of its weights.
+        weights: a file, ``random``, or None for the one that ``vtp weights import`` brought.
         allow_random: says that this is a test.
 
     Raises:
         ValueError: random weights without ``allow_random``.
-        DataFault: there is no such file.
+        DataFault: there is no such file, or it is not the one that was imported.
     """
     if weights == "random" and not allow_random:
         raise ValueError("weights: random teaches nothing; for a test, set allow_random: true")
     if weights == "random" or is_meta():
         return None
-    place = registry.home().parent / library / f"{name.replace('/', '-')}.safetensors"
-    file = place if weights is None else Path(weights).expanduser()
+    if weights is None:
+        return registry.tower(library, name)
+    file = Path(weights).expanduser()
     if not file.is_file():
         raise DataFault(
-            f"teacher {name!r} of {library}: its weights are not at {file}. Put {library}'s file there "
-            "(the model's safetensors), or name another place with the teacher's option 'weights'"
+            f"teacher {name!r} of {library}: there is no file {file}; without the option 'weights' it is the one "
+            f"that is imported:\n  vtp weights import {name} --from FILE"
         )
     return file
 
 
-def load_into(network: nn.Module, file: Path, beside: Sequence[str] = ()) -> None:
+def load_into(network: nn.Module, file: Path, beside: Sequence[str] = (), below: str = "") -> None:
     """Load a network strictly.
 
     Args:
-        network: gets the tensors.
+        network: as it was drawn; gets the tensors.
         file: safetensors, or a torch state dict, which is read without running code.
         beside: prefixes of tensors that the file may hold and the network doesn't have.
+        below: prefix of the names that are the network's, others are passed over.
 
     Raises:
-        DataFault: the file can't be read, or holds other tensors.
+        DataFault: the file can't be read.
+        Mismatch: it holds other tensors, or values that no training leaves behind.
     """
-    state = {k: v for k, v in _state(file).items() if not k.startswith(tuple(beside))}
+    tensors = state_dict(read(file), file).tensors
+    own = {k.removeprefix(below): v for k, v in tensors.items() if k.startswith(below)}
+    own = {k: v for k, v in own.items() if not k.startswith(tuple(beside))}
+    new = network.state_dict()
+    counters = {name for name in new if name.endswith("num_batches_tracked")}  # which nothing reads
     try:
-        network.load_state_dict(state)
-    except RuntimeError as error:
-        lines = " ".join(str(error).split())
-        raise DataFault(f"{file} holds other weights than this model's: {lines[:300]}") from error
-
-
-def _state(file: Path) -> dict[str, Tensor]:
-    from pickle import UnpicklingError
-
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        if file.suffix == ".safetensors":
-            return load_file(file)
-        found = torch.load(file, map_location="cpu", weights_only=True)
-    except (OSError, SafetensorError, UnpicklingError, RuntimeError, EOFError, ValueError) as error:
-        raise DataFault(f"{file} can't be read as weights: {' '.join(str(error).split())[:300]}") from error
-    for key in ("state_dict", "model"):
-        if isinstance(found, dict) and isinstance(found.get(key), dict):
-            found = found[key]
-    if not isinstance(found, dict) or not all(isinstance(v, Tensor) for v in found.values()):
-        raise DataFault(f"{file} is no state dict; save model.state_dict(), or use the safetensors file")
-    return found
+        check_tensors(
+            *({k: tuple(t.shape) for k, t in side.items() if k not in counters} for side in (own, new))
+        )
+        check_values(own, lambda: new)
+    except Mismatch as error:
+        raise Mismatch(f"{file} holds other weights than this model's\n{error}") from error
+    network.load_state_dict({**{name: new[name] for name in counters}, **own})

@@ -32,8 +32,8 @@ class Timm(Frozen):
     Args:
         spec: tells the tokenizer's patch.
         name: timm's name of the model, with or without the tag of its weights.
-        weights: a file (safetensors or a state dict with timm's keys); None is
-            ``$VTP_HOME/timm/<name>.safetensors``; ``random`` is for tests.
+        weights: a file (safetensors or a state dict with timm's keys); None is the one that
+            ``vtp weights import <name>`` put into ``$VTP_HOME/timm``; ``random`` is for tests.
         size: side of what it reads, or (height, width); None gives as many tokens as the tokenizer has, or
             the model's own size where it takes no other.
         interpolation: of the resize.

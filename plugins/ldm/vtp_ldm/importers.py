@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from vtp_ldm import layouts
 from vtp_ldm.cnn import CNNDecoder, CNNEncoder
 from vtp_ldm.gaussian import Gaussian
 from vtp_ldm.layouts import Layout
+from vtp_ldm.scaling import moments_of, settings_of
 from vtp_plugins.importing import Converted, check_tensors
 from vtp_plugins.spec import Spec
 
@@ -36,6 +37,8 @@ class Family:
 
     layout: Layout
     elsewhere: tuple[str, ...] = ("\n",)
+    holders: ClassVar[tuple[str, ...]] = ("first_stage_model",)
+    """Where a latent diffusion model keeps its autoencoder, beside the denoiser and what embeds conditions."""
 
     def convert(
         self,
@@ -43,6 +46,10 @@ class Family:
         *,
         image_size: int | tuple[int, int] = 256,
         groups: int = 32,
+        scaling_factor: float | None = None,
+        shift_factor: float = 0.0,
+        latents_mean: tuple[float, ...] | None = None,
+        latents_std: tuple[float, ...] | None = None,
     ) -> Converted:
         """The tokenizer of an autoencoder.
 
@@ -50,12 +57,24 @@ class Family:
             tensors: the autoencoder's state dict, perhaps with :meth:`others`.
             image_size: side of the pictures it was trained on, which the weights don't tell; one number or (H, W).
             groups: of the norms, likewise.
+            scaling_factor: latents are seen as (z - shift_factor) * scaling_factor, which becomes the statistics.
+            shift_factor: SD3's and FLUX's; 0 where a configuration has none.
+            latents_mean: by channel, in place of a shift: (z - mean) * scaling_factor / std.
+            latents_std: likewise.
 
         Raises:
             Mismatch: a tensor is unknown, missing or of another shape.
+            ValueError: a factor that nothing can be divided by, or moments of another latent.
         """
         sections, found = self.to_ours(tensors, image_size=image_size, groups=groups)
-        return Converted(sections, {"tokenizer": found}, left=tuple(self.others(tensors)))
+        moments = moments_of(
+            sections["bottleneck"]["channels"], scaling_factor, shift_factor, latents_mean, latents_std
+        )
+        return Converted(sections, {"tokenizer": found}, moments, left=tuple(self.others(tensors)))
+
+    def settings(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        """Options out of diffusers' ``config.json`` of an ``AutoencoderKL``; none of another's."""
+        return settings_of(config)
 
     def to_ours(
         self, tensors: Mapping[str, Tensor], *, image_size: int | Sequence[int] = 256, groups: int = 32

@@ -70,7 +70,7 @@ def fill(network: Any, name: str, weights: str | None) -> str:
     Args:
         network: gets the tensors.
         name: of the network.
-        weights: a file, ``random``, ``checkpoint``, or None for ``$VTP_HOME/timm/<name>.safetensors``.
+        weights: a file, ``random``, ``checkpoint``, or None for what ``vtp weights import`` brought.
 
     Raises:
         DataFault: the file holds other weights.
@@ -79,13 +79,15 @@ def fill(network: Any, name: str, weights: str | None) -> str:
         return ""
     if weights == "checkpoint":
         return "its weights come with the checkpoint of its run, which was not loaded"
-    place = registry.home().parent / "timm" / f"{name.replace('/', '-')}.safetensors"
-    file = place if weights is None else Path(weights).expanduser()
-    if not file.is_file():
-        return (
-            f"its weights are not at {file}. Put timm's file there (the model's safetensors), or name another "
-            "with encoder.weights"
-        )
+    if weights is None:
+        try:
+            file = registry.tower("timm", name)
+        except DataFault as error:
+            return str(error)
+    else:
+        file = Path(weights).expanduser()
+        if not file.is_file():
+            return f"there is no file {file}; without encoder.weights it is what vtp weights import {name} brings"
     heads = network.pretrained_cfg.get("classifier") or ()
     beside = [f"{head}." for head in ((heads,) if isinstance(heads, str) else heads)]
     load_into(network, file, [*beside, "attn_pool."])

@@ -27,8 +27,8 @@ class Timm(Filled):
     Args:
         spec: modality of the signal.
         name: timm's name, with or without the tag of its weights, which also tells mean and deviation.
-        weights: a file (safetensors or a state dict with timm's keys); None is
-            ``$VTP_HOME/timm/<name>.safetensors``; ``random`` begins anew; ``checkpoint`` waits for those of a run.
+        weights: a file (safetensors or a state dict with timm's keys); None is the one that
+            ``vtp weights import <name>`` brought; ``random`` begins anew; ``checkpoint`` waits for those of a run.
         patch: pixels of a picture that make a token; None takes the network's own. RAE's DINOv2 reads pictures
             of 256 at 224: patch 16 on a network of 14.
         image_size: size of the picture in training, one number or (H, W).

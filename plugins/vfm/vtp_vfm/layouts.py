@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -26,6 +26,7 @@ class Tower:
         positions: name of the position table, which has a place for the class token.
         flat: whether that table is (N, D), without one.
         registers: name of the register tokens, which have no places; empty where there are none.
+        norm: the final norm, which RAE takes off.
         elsewhere: beginnings of names that belong to others: heads, mask tokens, the final norm.
         models: timm's name by width.
         signed: whether pictures are read in [-1, 1].
@@ -38,6 +39,7 @@ class Tower:
     inner: Mapping[str, str]
     outer: Mapping[str, str]
     positions: str
+    norm: str
     elsewhere: tuple[str, ...]
     models: Mapping[int, str]
     flat: bool = False
@@ -51,9 +53,11 @@ class Tower:
         name = self.models[known]
         return name.replace("_dinov2", "_reg4_dinov2") if registers else name
 
-    def names(self, depth: int, registers: int) -> Names:
-        """Every tensor but the final norm's."""
+    def names(self, depth: int, registers: int, affine: bool = False) -> Names:
+        """Every tensor, the final norm's only if ``affine``."""
         found: Names = {TABLE: (self.positions,)}
+        if affine:
+            found |= _rows("norm", self.norm)
         if registers:
             found["reg_token"] = (self.registers,)
         for ours, theirs in self.outer.items():
@@ -83,6 +87,7 @@ DINOV2 = Tower(
     outer={"cls_token": "embeddings.cls_token", "patch_embed.proj": _EMBEDDINGS},
     positions="embeddings.position_embeddings",
     registers="embeddings.register_tokens",
+    norm="layernorm",
     elsewhere=("embeddings.mask_token", "layernorm.", "pooler."),
     models={384: "vit_small_patch14_dinov2", 768: "vit_base_patch14_dinov2", 1024: "vit_large_patch14_dinov2"},
 )  # fmt: skip
@@ -96,6 +101,7 @@ MAE = Tower(
     },
     outer={"cls_token": "embeddings.cls_token", "patch_embed.proj": _EMBEDDINGS},
     positions="embeddings.position_embeddings",
+    norm="layernorm",
     elsewhere=("layernorm.", "pooler."),
     models={
         768: "vit_base_patch16_224.mae", 1024: "vit_large_patch16_224.mae", 1280: "vit_huge_patch14_224.mae",
@@ -110,6 +116,7 @@ SIGLIP = Tower(
     outer={"patch_embed.proj": "embeddings.patch_embedding"},
     positions="embeddings.position_embedding.weight",
     flat=True,
+    norm="post_layernorm",
     elsewhere=("post_layernorm.", "head."),
     models={
         768: "vit_base_patch16_siglip_256.v2_webli", 1024: "vit_large_patch16_siglip_256.v2_webli",
@@ -117,6 +124,11 @@ SIGLIP = Tower(
     },
     signed=True,
 )  # fmt: skip
+DINOV2_GATED = replace(
+    DINOV2,
+    inner={**DINOV2.inner, "mlp.fc1": "mlp.weights_in", "mlp.fc2": "mlp.weights_out"},
+    models={1536: "vit_giant_patch14_dinov2"},
+)
 TOWERS = (DINOV2, MAE, SIGLIP)
 DECODER_TABLE = "decoder_pos_embed"
 DECODER = ("decoder_", "trainable_cls_token")

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import math
-import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,8 +10,8 @@ from torch import Tensor
 
 from vtp_vfm.decoder import SIZES
 from vtp_vfm.layouts import DECODER, DECODER_TABLE, TOWERS, Tower
+from vtp_vfm.sizes import arguments_of, depth_of, shape_of, side_of
 
-_HEAD = 64  # channels of a published encoder's head
 _HEADS = {shape["width"]: shape["heads"] for name, shape in SIZES.items() if name in {"b", "l", "xl"}}
 
 
@@ -62,7 +60,13 @@ def found_in(tensors: Mapping[str, Tensor]) -> Found:
         raise ValueError(f"{DECODER_TABLE} is missing: no decoder of RAE is here")
     mine = tuple(before + name for name in DECODER)
     decoder = {name: tensor for name, tensor in tensors.items() if name.startswith(mine)}
-    tower, prefix = _tower(tensors.keys() - decoder.keys())
+    place = tower_in(tensors.keys() - decoder.keys(), TOWERS)
+    if place is None:
+        raise ValueError(
+            "encoder: none is among the tensors; RAE's decoder reads what DINOv2, SigLIP 2 or MAE gives, whose file "
+            "in the layout of transformers comes along with --with FILE"
+        )
+    tower, prefix = place
     encoder = {
         name: tensor
         for name, tensor in tensors.items()
@@ -77,16 +81,13 @@ def found_in(tensors: Mapping[str, Tensor]) -> Found:
     )
 
 
-def _tower(names: set[str]) -> tuple[Tower, str]:
-    """The layout that the names have, and their prefix."""
-    for tower in TOWERS:
+def tower_in(names: Iterable[str], towers: Sequence[Tower]) -> tuple[Tower, str] | None:
+    """The layout that the names have, and their prefix; None where it is none of these."""
+    for tower in towers:
         signs = sorted((name for name in names if name.endswith(tower.sign)), key=_foreign)
         if signs:
             return tower, signs[0].removesuffix(tower.sign)
-    raise ValueError(
-        "encoder: none is among the tensors; RAE's decoder reads what DINOv2, SigLIP 2 or MAE gives, whose file "
-        "in the layout of transformers comes along with --with FILE"
-    )
+    return None
 
 
 def _foreign(name: str) -> tuple[bool, int]:
@@ -104,30 +105,27 @@ def options_of(
         raise ValueError(
             f"image_size: {side} is not a multiple of the latent's {decoder['grid'][0]} tokens a side"
         )
-    encoder = {**_encoder(found, heads), "patch": side // decoder["grid"][0], "image_size": side}
+    encoder = {**encoder_of(found, heads), "patch": side // decoder["grid"][0], "image_size": side}
     noise = {"use": "noise", "law": "uniform", "tau": tau}
     return {"encoder": encoder, "bottleneck": [noise], "decoder": decoder}
 
 
-def _encoder(found: Found, heads: int | None) -> dict[str, Any]:
+def encoder_of(found: Found, heads: int | None) -> dict[str, Any]:
+    """Section ``encoder`` that an encoder's shapes tell, without its final norm's weights."""
     tower = found.tower
-    kernel = _shape(found.encoder, f"{tower.outer['patch_embed.proj']}.weight")
-    width, patch = kernel[0], kernel[2]
-    hidden = _shape(found.encoder, f"{tower.layer}0.{tower.inner['mlp.fc1']}.weight")[0]
-    tokens = _shape(found.encoder, tower.positions)[-2] - (0 if tower.flat else 1)
-    if heads is None and width % _HEAD:
-        raise ValueError(f"heads: width {width} is not published and the weights don't tell; say how many")
+    kernel = shape_of(found.encoder, f"{tower.outer['patch_embed.proj']}.weight")
+    hidden = shape_of(found.encoder, f"{tower.layer}0.{tower.inner['mlp.fc1']}.weight")[0]
+    tokens = shape_of(found.encoder, tower.positions)[-2] - (0 if tower.flat else 1)
     arguments = {
-        "img_size": _side(tokens, tower.positions) * patch, "patch_size": patch, "embed_dim": width,
-        "depth": _depth(found.encoder, tower.layer), "num_heads": heads or width // _HEAD,
-        "mlp_ratio": hidden / width if not hidden % width else (hidden + 0.25) / width,
-    }  # fmt: skip
+        "img_size": side_of(tokens, tower.positions) * kernel[-1],
+        **arguments_of(kernel, depth_of(found.encoder, tower.layer), hidden, heads),
+    }
     if found.registers:
         # timm's own file has the class token's place added to it, which can't be undone
         arguments |= {"reg_tokens": found.registers, "no_embed_class": False}
     node = {
         "use": "timm",
-        "name": tower.model(width, found.registers > 0),
+        "name": tower.model(kernel[0], found.registers > 0),
         "weights": "checkpoint",
         "affine": False,
     }
@@ -137,35 +135,17 @@ def _encoder(found: Found, heads: int | None) -> dict[str, Any]:
 
 
 def _decoder(found: Found, heads: int | None) -> dict[str, Any]:
-    width = _shape(found.decoder, "decoder_embed.weight")[0]
+    width = shape_of(found.decoder, "decoder_embed.weight")[0]
     heads = heads or _HEADS.get(width)
     if heads is None:
         raise ValueError(
             f"decoder_heads: width {width} is not published and the weights don't tell; say how many"
         )
-    values = _shape(found.decoder, "decoder_pred.weight")[0]
-    grid = _side(_shape(found.decoder, DECODER_TABLE)[1] - 1, DECODER_TABLE)
+    values = shape_of(found.decoder, "decoder_pred.weight")[0]
+    grid = side_of(shape_of(found.decoder, DECODER_TABLE)[1] - 1, DECODER_TABLE)
     return {
-        "use": "rae", "width": width, "depth": _depth(found.decoder, "decoder_layers."), "heads": heads,
-        "hidden": _shape(found.decoder, "decoder_layers.0.intermediate.dense.weight")[0],
-        "patch": _side(values // 3, "decoder_pred.weight"), "grid": [grid, grid],
+        "use": "rae", "width": width, "depth": depth_of(found.decoder, "decoder_layers."), "heads": heads,
+        "hidden": shape_of(found.decoder, "decoder_layers.0.intermediate.dense.weight")[0],
+        "patch": side_of(values // 3, "decoder_pred.weight"), "grid": [grid, grid],
         "range": "signed" if found.tower.signed else "normalised",
     }  # fmt: skip
-
-
-def _depth(tensors: Mapping[str, Tensor], prefix: str) -> int:
-    numbers = (re.match(rf"{re.escape(prefix)}(\d+)\.", name) for name in tensors)
-    return 1 + max((int(number[1]) for number in numbers if number), default=-1)
-
-
-def _side(cells: int, name: str) -> int:
-    side = math.isqrt(cells)
-    if side**2 != cells:
-        raise ValueError(f"{name}: {cells} cells are no square")
-    return side
-
-
-def _shape(tensors: Mapping[str, Tensor], name: str) -> tuple[int, ...]:
-    if name not in tensors:
-        raise ValueError(f"{name} is missing")
-    return tuple(tensors[name].shape)

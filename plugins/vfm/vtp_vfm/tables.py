@@ -33,7 +33,7 @@ def places_to_theirs(tensors: Mapping[str, Tensor], tower: Tower, registers: int
         table = table[0]
     elif registers:
         places = table[:, 1 : 1 + registers]
-        if places.any():
+        if not places.is_meta and places.any():
             found["reg_token"] = found["reg_token"] + places
         table = torch.cat([table[:, :1], table[:, 1 + registers :]], dim=1)
     return found | {TABLE: table}
