@@ -14,6 +14,7 @@ from omegaconf import OmegaConf
 
 from vtp_core import options
 from vtp_core.errors import DataFault, PluginFault, StackFault, suggestion
+from vtp_core.export.foreign_config import autoencoder_tree, is_autoencoder, is_onnx
 from vtp_core.official.config import is_official
 from vtp_core.official.stacks import official_tree
 from vtp_core.overrides import ENTRIES, merged, read
@@ -116,8 +117,14 @@ def load_run_stack(run: Path, registry: Registry, overrides: Iterable[str] = (),
         DataFault: there is no run.
         StackFault: a secret is masked in it; see :func:`load_stack` for the rest.
     """
-    if is_official(run):
-        tree = merged(OmegaConf.create(official_tree(run)), overrides)
+    if is_onnx(run):
+        raise DataFault(
+            f"{run} is an export to ONNX: graphs for onnxruntime, and vtp verify; give the run it was made of, or "
+            "another export of it"
+        )
+    if is_autoencoder(run) or is_official(run):
+        found = autoencoder_tree(run) if is_autoencoder(run) else official_tree(run)
+        tree = merged(OmegaConf.create(found), overrides)
         return (check_stack if check else Stack)(run.name, tree, registry)
     file = run / "stack.yaml"
     if not file.is_file():

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from vtp_core.build import Model, blueprint
 from vtp_core.errors import DataFault, StackFault
+from vtp_core.export.diffusers_reading import read_autoencoder
+from vtp_core.export.foreign_config import is_autoencoder
 from vtp_core.export.native import is_native, read_native
 from vtp_core.exporters import exporters_of
 from vtp_core.official.config import is_official
@@ -212,6 +214,8 @@ def read_run(
 ) -> tuple[Stack, dict[str, dict[str, Tensor]]]:
     """Stack and newest valid checkpoint of a run directory, or of an export or an official VTP directory."""
     stack = load_run_stack(path, registry or Registry(), overrides, check=False)
+    if is_autoencoder(path):
+        return stack, read_autoencoder(path, stack)
     if is_official(path):
         return stack, read_official(path)[1]
     if is_native(path):

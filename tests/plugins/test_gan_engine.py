@@ -154,11 +154,18 @@ def test_the_decoder_is_read_once_for_both_objectives() -> None:
     assert len([node for node in engine.plan().demands if node.kind == "decode"]) == 1
 
 
-def test_a_critic_that_couples_rows_is_not_accumulated() -> None:
-    with pytest.raises(ValueError, match="couples the rows"):
-        engine_with(PATCH, train={"optim": SGD, "accumulate": 2})
-    single = engine_with({**PATCH, "norm": "group"})
-    halves = engine_with({**PATCH, "norm": "group"}, train={"optim": SGD, "accumulate": 2})
+@pytest.mark.parametrize("norm", ["batch", "group"])
+def test_a_critic_accumulates(norm: str) -> None:
+    single = engine_with({**PATCH, "norm": norm})
+    halves = engine_with({**PATCH, "norm": norm}, train={"optim": SGD, "accumulate": 2})
     for engine in (single, halves):
         trained(engine, 2)
     close(weights(single), weights(halves), 1e-9)
+
+
+def test_a_critic_that_couples_rows_of_fresh_input_does_not_accumulate() -> None:
+    fresh = {**PATCH, "critic": {"input": "fresh"}}
+    with pytest.raises(
+        ValueError, match=r"objectives.gan.critic: it couples the rows.*use train.accumulate=1"
+    ):
+        engine_with(fresh, train={"optim": SGD, "accumulate": 2})

@@ -2,23 +2,37 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import PurePath
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 from torch import Tensor
 
-from vtp_core.errors import Fault
+from vtp_core.export.licences import licences_of
 from vtp_core.run.environment import masked
-from vtp_core.stack import SINGLES, Stack
+from vtp_core.stack import Stack
 from vtp_core.statistics import digest, hexed
 
-VTP_LICENCE = (
-    "VTP's weights and code: MIT with one clause more: a product with over 100 M monthly active users or over "
-    '30 M USD a year must visibly display "MiniMax VTP" (github.com/MiniMax-AI/VTP)'
-)
+if TYPE_CHECKING:
+    from vtp_core.export.source import Source
+
+
+def card_of(source: Source, notes: Sequence[str], use: str, files: Sequence[str] = ()) -> str:
+    """The model card of what is exported from ``source``.
+
+    Args:
+        source: what is exported.
+        notes: what else should be known.
+        use: Python that loads it.
+        files: lines on the files, where they say more than a tokenizer's.
+    """
+    weights = "the EMA's" if source.weights == "ema" else "the student's"
+    origin = "From the VTP release." if source.base else f"Weights: {weights}, of step {source.step}."
+    return model_card(
+        source.stack, source.parts, origin=origin, load=use, data=source.data, rows=source.rows,
+        released=source.base is not None, notes=notes, files=files,
+    )  # fmt: skip
 
 
 def shown_stack(stack: Stack) -> str:
@@ -39,6 +53,7 @@ def model_card(
     rows: Sequence[Mapping[str, Any]] = (),
     released: bool = False,
     notes: Sequence[str] = (),
+    files: Sequence[str] = (),
 ) -> str:
     """The text of ``README.md``; equal arguments give equal text.
 
@@ -51,6 +66,7 @@ def model_card(
         rows: of ``probes.jsonl``.
         released: whether the weights are those of the VTP release.
         notes: what else should be known.
+        files: lines on the files.
     """
     sections = {
         f"# {_line(stack.name)}": [
@@ -58,11 +74,12 @@ def model_card(
             *(f"- {_line(note)}" for note in notes),
         ],
         "## Use": ["```python", load, "```"],
-        "## Parameters": _table(("part", "parameters"), _sizes(parts)),
+        **({"## Files": files} if files else {}),
+        "## Parameters": table(("part", "parameters"), _sizes(parts)),
         "## Data": _data(stack, data, released),
         "## Numbers": _numbers(rows),
         "## Stack": ["```yaml", shown_stack(stack).replace("```", "'''").rstrip(), "```"],
-        "## Licences": [f"- {line}" for line in _licences(stack, released)],
+        "## Licences": [f"- {_line(text)}" for text in licences_of(stack, released)],
     }
     head = "---\nlibrary_name: vtp-plugins\ntags: [visual-tokenizer, vtp]\n---\n"
     return head + "".join(f"\n{title}\n\n" + "\n".join(lines) + "\n" for title, lines in sections.items())
@@ -74,7 +91,8 @@ def _line(text: Any) -> str:
     return "".join(f"\\{c}" if c in "\\`*_[]<>|#" else c for c in plain)
 
 
-def _table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> list[str]:
+def table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> list[str]:
+    """A table in Markdown, line by line."""
     lines = ["| " + " | ".join(_line(cell) for cell in row) + " |" for row in [head, *rows]]
     return [lines[0], "|" + "---|" * len(head), *lines[1:]]
 
@@ -106,42 +124,4 @@ def _numbers(rows: Sequence[Mapping[str, Any]]) -> list[str]:
         return ["None was measured: `vtp eval` measures them."]
     cells = [[row.get(key, "") for key in ("probe", "split", "value", "n", "step", "protocol")]
              for row in last.values()]  # fmt: skip
-    return _table(("probe", "split", "value", "n", "step", "protocol"), cells)
-
-
-def _licences(stack: Stack, released: bool) -> list[str]:
-    """What each installed distribution says of itself, and what is known of the weights."""
-    found: dict[str, list[str]] = {}
-    for kind, name in _names(stack):
-        try:
-            distribution = stack.registry.find(kind, name).distribution.partition(" ")[0]
-        except Fault:
-            continue
-        found.setdefault(distribution, []).append(name)
-    lines = []
-    for distribution, names in sorted(found.items()):
-        used = ", ".join(sorted(set(names)))
-        lines.append(f"{_line(distribution)} ({_line(used)}): {_line(_licence(distribution))}")
-    weights = (
-        VTP_LICENCE if released else "these weights: none is stated; it is for those who trained them to say"
-    )
-    return [*lines, _line(weights)]
-
-
-def _licence(distribution: str) -> str:
-    try:
-        said = importlib.metadata.metadata(distribution).json
-    except importlib.metadata.PackageNotFoundError:
-        return "not stated"
-    return str(said.get("license_expression") or said.get("license") or "not stated")
-
-
-def _names(stack: Stack) -> list[tuple[str, str]]:
-    """Kind and name of every component of the stack that people name."""
-    nodes = [(kind, "", stack.config.get(key)) for key, kind in SINGLES.items()]
-    nodes += [
-        (kind, n, node) for kind in ("objectives", "teachers") for n, node in stack.section(kind).items()
-    ]
-    nodes += [("objectives", name, node) for name, node in stack.tokenizer.exports.items()]
-    nodes += [("datasets", "", stack.tokenizer.data)]
-    return [(kind, str(node.get("use", name))) for kind, name, node in nodes if isinstance(node, Mapping)]
+    return table(("probe", "split", "value", "n", "step", "protocol"), cells)

@@ -13,7 +13,7 @@ from torch import Tensor
 from vtp_core import options
 from vtp_core.components import resolve
 from vtp_core.errors import DataFault, Fault, StackFault
-from vtp_core.export import native
+from vtp_core.export import foreign_config, native
 from vtp_core.latents import manifest as latents
 from vtp_core.official.config import Config, is_official, read_config
 from vtp_core.run import metrics
@@ -63,20 +63,27 @@ class Source:
         }
 
 
-def read_source(path: Path, weights: str = "student", statistics: Path | None = None) -> Source:
+def read_source(
+    path: Path, weights: str = "student", statistics: Path | None = None, registry: Registry | None = None
+) -> Source:
     """Read what an export is made from.
 
     Args:
         path: a run, an export or an official VTP directory.
         weights: ``ema`` takes the EMA teacher's encoder and bottleneck and the generator's average.
         statistics: a folder that ``vtp latents`` wrote, whose statistics come along.
+        registry: what names mean; by default what is installed.
 
     Raises:
         DataFault: nothing loadable is there, or the statistics are another tokenizer's.
         StackFault: there are no such weights.
     """
-    stack = load_run_stack(path, Registry(), check=False)
-    step, parts, base, data = _read(path)
+    stack = load_run_stack(path, registry or Registry(), check=False)
+    step, parts, base, data = _read(path, registry)
+    if foreign_config.is_autoencoder(path):
+        stack = replace(
+            stack, name=foreign_config.read_autoencoder_config(path).provenance.name or stack.name
+        )
     if native.is_native(path):
         stack = replace(stack, name=str(native.read_config(path).get("name", stack.name)))
     kept = {name: dict(part) for name, part in parts.items() if _travels(stack, name)}
@@ -91,8 +98,13 @@ def read_source(path: Path, weights: str = "student", statistics: Path | None = 
     return Source(path, stack, kept, weights, step, base, data)
 
 
-def _read(path: Path) -> tuple[int, Mapping[str, Mapping[str, Tensor]], Config | None, str]:
+def _read(
+    path: Path, registry: Registry | None
+) -> tuple[int, Mapping[str, Mapping[str, Tensor]], Config | None, str]:
     """Step, parts, the release's config and the data's fingerprint."""
+    if foreign_config.is_autoencoder(path):
+        known = foreign_config.read_autoencoder_config(path).provenance
+        return known.step, read_run(path, registry=registry)[1], _base(path, known.model_dump()), known.data
     if is_official(path):
         return 0, read_run(path)[1], read_config(path), ""
     if native.is_native(path):
@@ -106,7 +118,7 @@ def _read(path: Path) -> tuple[int, Mapping[str, Mapping[str, Tensor]], Config |
 
 
 def _base(path: Path, config: Mapping[str, Any]) -> Config | None:
-    if "official" not in config:
+    if config.get("official") is None:
         return None
     try:
         return Config.model_validate(config["official"])

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from vtp_core.errors import DataFault, Fault
+from vtp_core.export.foreign_config import is_onnx
 
 _LONGEST = 600  # seconds
 _SEED = 0
@@ -22,7 +23,8 @@ def verify(path: Path) -> dict[str, Any]:
     """Check that a directory is loaded by a process that knows nothing else.
 
     Returns:
-        ``tokenizer``, ``latents`` and ``decoded`` (sha256), ``shape`` of the latents, ``finite``, ``exports``.
+        ``tokenizer``, ``latents`` and ``decoded`` (sha256), ``shape`` of the latents, whether it has
+        ``statistics``, ``exports``; of an export to ONNX hashes of what its graphs give, and ``onnxruntime``.
 
     Raises:
         Fault: what the process met, with its exit code.
@@ -48,6 +50,10 @@ def verify(path: Path) -> dict[str, Any]:
 
 def looked_at(path: Path) -> dict[str, Any]:
     """What :func:`verify` tells, in this process."""
+    if is_onnx(path):
+        from vtp_core.export.onnx_session import looked_at as looked_at_graphs
+
+        return looked_at_graphs(path)
     import torch
 
     from vtp_core.statistics import digest, hashed, hexed

@@ -1,58 +1,33 @@
-"""``vtp export``: one function a format, and the writer that makes two exports of one run the same bytes."""
+"""``vtp export``: a run, one of several formats, and a folder; two exports of one run are the same bytes."""
 
 from __future__ import annotations
 
-import os
-import tempfile
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 from urllib.parse import quote
-
-from safetensors import SafetensorError
-from safetensors.torch import save_file
-from torch import Tensor
 
 from vtp_core.errors import StackFault, StorageFault, suggestion
 from vtp_core.export import native
-from vtp_core.export.card import model_card, shown_stack
+from vtp_core.export.card import card_of, shown_stack
+from vtp_core.export.diffusers_writing import diffusers_plan
+from vtp_core.export.folder import claim, write
+from vtp_core.export.onnx_writing import onnx_plan
+from vtp_core.export.plan import Entries, Plan, Tensors
 from vtp_core.export.source import Source, check_weights, read_source
 from vtp_core.official.config import FILE as CONFIG
 from vtp_core.official.reading import STATISTICS, WEIGHTS
 from vtp_core.official.writing import to_official
-from vtp_core.run import manifest
-from vtp_core.run.files import PARTIAL, reason, replace, sync_folder
+from vtp_plugins.registry import Registry
 
 CARD = "README.md"
-Tensors = Mapping[str, Tensor]
-Entries = dict[str, dict[str, Any]]
-
-
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """The files of an export.
-
-    Attributes:
-        tensors: by file.
-        names: of the texts.
-        texts: made from what describes the files of tensors; the last one completes the export.
-        kept: files as they are.
-    """
-
-    tensors: dict[str, Tensors]
-    names: tuple[str, ...]
-    texts: Callable[[Entries], dict[str, str]]
-    kept: dict[str, bytes]
-
-    @property
-    def files(self) -> set[str]:
-        return {*self.tensors, *self.names, *self.kept}
+_USE = 'from vtp_core import Tokenizer\n\ntok = Tokenizer.from_pretrained("this directory")'
+_BESIDE = {STATISTICS, WEIGHTS, "names.json", "probes.jsonl", "encoder.onnx.data", "decoder.onnx.data"}
 
 
 def export(
-    run: Path, out: Path, format: str, weights: str = "student", statistics: Path | None = None
-) -> list[str]:
+    run: Path, out: Path, format: str, weights: str = "student", statistics: Path | None = None,
+    registry: Registry | None = None,
+) -> list[str]:  # fmt: skip
     """Write an export.
 
     Args:
@@ -61,6 +36,7 @@ def export(
         format: a key of :data:`FORMATS`.
         weights: ``student`` or ``ema``.
         statistics: a folder that ``vtp latents`` wrote, whose statistics come along.
+        registry: what names mean; by default what is installed.
 
     Returns:
         Lines on what should be known.
@@ -75,15 +51,11 @@ def export(
     check_weights(weights)
     if out.resolve() == run.resolve():
         raise StorageFault(f"{out} is what is exported; -o names another folder")
-    source = read_source(run, weights, statistics)
+    source = read_source(run, weights, statistics, registry)
     notes = _notes(source, format)
     plan = FORMATS[format](source, notes)
-    _claim(out, plan.files | _BESIDE)
-    entries = {name: _saved(out / name, held) for name, held in sorted(plan.tensors.items())}
-    texts = {name: text.encode() for name, text in plan.texts(entries).items()}
-    for name, raw in {**plan.kept, **texts}.items():
-        replace(out / name, raw)
-    _drop(out, plan.files)
+    claim(out, plan, _BESIDE)
+    write(out, plan)
     return notes
 
 
@@ -94,14 +66,14 @@ def _native(source: Source, notes: list[str]) -> Plan:
 
     def texts(entries: Entries) -> dict[str, str]:
         named = {name: {"part": files[name], **entry} for name, entry in entries.items()}
-        card = _card(source, notes, 'Tokenizer.from_pretrained("this directory")')
+        card = card_of(source, notes, _USE)
         config = native.config_text(
             source.stack.name, source.weights, source.step, source.data, named, official
         )
         return {"stack.yaml": shown_stack(source.stack), CARD: card, native.CONFIG: config}
 
     tensors: dict[str, Tensors] = {name: source.parts[part] for name, part in files.items()}
-    return Plan(tensors, ("stack.yaml", CARD, native.CONFIG), texts, source.texts)
+    return Plan(WEIGHTS, tensors, ("stack.yaml", CARD, native.CONFIG), texts, source.texts)
 
 
 def _file(part: str) -> str:
@@ -114,15 +86,13 @@ def _vtp(source: Source, notes: list[str]) -> Plan:
     tensors: dict[str, Tensors] = {WEIGHTS: state}
     if "statistics" in source.parts:
         tensors[STATISTICS] = source.parts["statistics"]
-    card = _card(
-        source, notes, 'Tokenizer.from_pretrained("this directory")  # or the release\'s own VTPModel'
-    )
-    texts = {CARD: card, CONFIG: config.text()}
-    return Plan(tensors, tuple(texts), lambda entries: texts, {})
+    texts = {CARD: card_of(source, notes, f"{_USE}  # or the release's own VTPModel"), CONFIG: config.text()}
+    return Plan(WEIGHTS, tensors, tuple(texts), lambda entries: texts, {})
 
 
-FORMATS: dict[str, Callable[[Source, list[str]], Plan]] = {"native": _native, "vtp": _vtp}
-_BESIDE = {STATISTICS, WEIGHTS, "names.json", "probes.jsonl"}
+FORMATS: dict[str, Callable[[Source, list[str]], Plan]] = {
+    "native": _native, "vtp": _vtp, "diffusers": diffusers_plan, "onnx": onnx_plan,
+}  # fmt: skip
 
 
 def _notes(source: Source, format: str) -> list[str]:
@@ -138,61 +108,3 @@ def _notes(source: Source, format: str) -> list[str]:
             "does not read that and rounds queries and keys to bfloat16, so its outputs differ by some 1e-3"
         )
     return lines
-
-
-def _card(source: Source, notes: list[str], load: str) -> str:
-    weights = "the EMA's" if source.weights == "ema" else "the student's"
-    origin = "From the VTP release." if source.base else f"Weights: {weights}, of step {source.step}."
-    return model_card(
-        source.stack, source.parts, origin=origin, load=f"from vtp_core import Tokenizer\n\ntok = {load}",
-        data=source.data, rows=source.rows, released=source.base is not None, notes=notes,
-    )  # fmt: skip
-
-
-# ---- files
-
-
-def _claim(out: Path, ours: set[str]) -> None:
-    """Make the folder; one that holds anything but an earlier export is left alone."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        found = sorted(entry.name for entry in out.iterdir() if not entry.name.startswith(PARTIAL))
-    except OSError as error:
-        raise StorageFault(f"{out} cannot be made: {reason(error)}; -o names another place") from error
-    others = [name for name in found if name not in ours] if {WEIGHTS, CONFIG} <= set(found) else found
-    if others:
-        raise StorageFault(f"{out} is not empty (it has {others[0]}); -o names a new folder")
-
-
-def _drop(out: Path, written: set[str]) -> None:
-    """Remove what an earlier export left and this one has not."""
-    for entry in out.iterdir():
-        if entry.name not in written and (entry.is_file() or entry.is_symlink()):
-            entry.unlink()
-
-
-def _saved(path: Path, tensors: Tensors) -> dict[str, Any]:
-    """Write tensors at once, and describe the file."""
-    handle, temporary = tempfile.mkstemp(prefix=f"{PARTIAL}{path.name}-", dir=path.parent)
-    os.close(handle)
-    try:
-        held = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
-        save_file(_apart(held), temporary, metadata={"format": "pt"})
-        entry = manifest.seal(Path(temporary), path.parent.stat().st_mode)
-        os.replace(temporary, path)
-        sync_folder(path.parent)
-        return entry
-    except (OSError, SafetensorError) as error:
-        raise StorageFault(f"{path} could not be written: {reason(error)}") from error
-    finally:
-        Path(temporary).unlink(missing_ok=True)
-
-
-def _apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors of which no two share memory; those that fill a part of some file's are told apart by address."""
-    seen: set[int] = set()
-    for name, value in tensors.items():
-        if value.numel() and value.data_ptr() in seen:
-            tensors[name] = value.clone()
-        seen.add(value.data_ptr())
-    return tensors

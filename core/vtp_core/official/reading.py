@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-import json
-import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
-from vtp_core.errors import DataFault
 from vtp_core.models.rope import Rope
 from vtp_core.official.config import Config, read_config
 from vtp_core.official.hub import located
 from vtp_core.official.keys import CLIP, to_ours
 from vtp_core.official.layout import PERIODS, shapes
 from vtp_core.official.stacks import tree_of
-from vtp_core.run.tensors import read_header, read_tensors
+from vtp_core.run.sharded import files_of, headers, readable
+from vtp_core.run.tensors import read_tensors
 from vtp_core.stack import Stack
 from vtp_core.statistics import check
 from vtp_plugins.importing import Mismatch
@@ -28,14 +25,10 @@ from vtp_plugins.registry import Registry
 WEIGHTS = "model.safetensors"
 STATISTICS = "statistics.safetensors"
 """Ours, beside the weights: what ``vtp latents`` computed."""
-_INDEX = f"{WEIGHTS}.index.json"
-_SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
-_MAX_INDEX = 1 << 24
 _DTYPES = ("F32", "BF16", "F16")
 _ROWS = 16
 Parts = dict[str, dict[str, Tensor]]
 Problem = tuple[str, str, str, str]
-T = TypeVar("T")
 
 
 def read_official(source: str | Path) -> tuple[Stack, Parts]:
@@ -54,10 +47,10 @@ def read_official(source: str | Path) -> tuple[Stack, Parts]:
     path = located(source)
     config = read_config(path)
     stack = Stack(path.name, tree_of(config, path), Registry())
-    files = _files(path)
+    files = files_of(path, WEIGHTS)
     wanted = shapes(config)
-    _refuse(path, _misfits(wanted, _headers(files)))
-    state = {name: value for file in files for name, value in _readable(read_tensors, file).items()}
+    _refuse(path, _misfits(wanted, headers(files)))
+    state = {name: value for file in files for name, value in readable(read_tensors, file).items()}
     _refuse(path, [*_broken(state), *_periods(state, config)])
     own = to_ours({name: value.float() for name, value in state.items() if not name.endswith(PERIODS)})
     parts: Parts = {"tokenizer": {}}
@@ -71,59 +64,9 @@ def read_official(source: str | Path) -> tuple[Stack, Parts]:
     return stack, parts
 
 
-# ---- files
-
-
-def _files(path: Path) -> dict[Path, list[str] | None]:
-    """Files of weights, each with the names that the index puts there; None where there is no index."""
-    if (path / WEIGHTS).is_file():
-        return {path / WEIGHTS: None}
-    if not (path / _INDEX).is_file():
-        pickled = [file.name for file in sorted(path.glob("*.bin"))[:1]]
-        why = f"; {pickled[0]} is a pickle, which is not read" if pickled else ""
-        raise DataFault(f"{path} has neither {WEIGHTS} nor {_INDEX}{why}")
-    files: dict[Path, list[str]] = {}
-    for name, file in _weight_map(path / _INDEX).items():
-        files.setdefault(path / file, []).append(name)
-    return dict(sorted(files.items()))
-
-
-def _weight_map(index: Path) -> dict[str, str]:
-    """Tensor -> file, both plain names."""
-    try:
-        with index.open("rb") as stream:
-            raw = stream.read(_MAX_INDEX + 1)
-        if len(raw) > _MAX_INDEX:
-            raise ValueError(f"it is larger than {_MAX_INDEX:,} bytes")
-        found = json.loads(raw)["weight_map"]
-        if not found or not all(isinstance(f, str) and _SHARD.fullmatch(f) for f in found.values()):
-            raise ValueError("its weight_map names files other than model-00001-of-00002.safetensors")
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-        raise DataFault(f"{index} cannot be read: {error}") from error
-    return dict(found)
-
-
-def _headers(files: Mapping[Path, list[str] | None]) -> dict[str, tuple[tuple[int, ...], str]]:
-    """Shape and dtype of every tensor; of the data nothing is read."""
-    found: dict[str, tuple[tuple[int, ...], str]] = {}
-    for file, names in files.items():
-        own = _readable(read_header, file)
-        if names is not None and set(names) != set(own):
-            raise DataFault(f"{file} does not hold the tensors that {_INDEX} says")
-        found |= own
-    return found
-
-
-def _readable(read: Callable[[Path], T], file: Path) -> T:
-    try:
-        return read(file)
-    except (OSError, SafetensorError, ValueError) as error:
-        raise DataFault(f"{file} cannot be read: {error}") from error
-
-
 def _statistics(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     file = path / STATISTICS
-    found = _readable(read_tensors, file)
+    found = readable(read_tensors, file)
     check(found, tensors, str(file), "vtp latents computes those of this one")
     return found
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -57,6 +57,11 @@ class EfficientNetLite0(Frozen):
             load_into(network, registry.path("lite0"))
         self.stem, self.norm, self.blocks = network._conv_stem, network._bn0, kept
         self.requires_grad_(False).eval().to(memory_format=torch.channels_last)
+
+    @staticmethod
+    def outside_weights(options: Mapping[str, Any]) -> tuple[str, ...]:
+        """Names in ``vtp weights list`` that it reads with these options; model cards tell their licences."""
+        return ("lite0",) if options["weights"] == "lite0" else ()
 
     def features(self, x: Tensor, want: frozenset[str]) -> Mapping[str, Tensor]:
         """``patches`` (B, N, D) and ``cls`` (B, D)."""

@@ -79,6 +79,11 @@ class OpenCLIP(Frozen):
         self.network = network
         self.requires_grad_(False).eval()
 
+    @staticmethod
+    def outside_weights(options: Mapping[str, Any]) -> tuple[str, ...]:
+        """Names in ``vtp weights list`` that it reads with these options; model cards tell their licences."""
+        return () if options["weights"] == "random" else (options["name"],)
+
     def features(self, x: Tensor, want: frozenset[str]) -> Mapping[str, Tensor]:
         """``patches`` (B, N, D), ``cls`` (B, D) and ``hidden:k``."""
         if isinstance(self.network, Timm):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -106,6 +106,12 @@ class GAN(AdversarialObjective):
             )
             self.critic = FeatureCritic(frozen, kernel, norm)
         self.register_buffer("anchors", torch.zeros(3))  # moving sums of real, fake, 1
+
+    @staticmethod
+    def outside_weights(options: Mapping[str, Any]) -> tuple[str, ...]:
+        """Names in ``vtp weights list`` that it reads with these options; model cards tell their licences."""
+        looks = options["discriminator"] == "features" and options["backbone"] != "random"
+        return (options["backbone"],) if looks else ()
 
     def forward(self, got: Got, clock: Clock) -> dict[str, Tensor]:
         """The generator's turn: gradient passes through the critic."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -28,12 +28,14 @@ class Turn:
         pending: where layers leave what :meth:`Layer.settle` merges.
         batch: batch norms read the batch's statistics, and not the running ones.
         learns: spectral norms take a step of power iteration.
+        directions: of spectral norms by layer, where earlier passes of this turn left them.
     """
 
     clock: Clock
     pending: dict[str, Tensor]
     batch: bool = True
     learns: bool = True
+    directions: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
 
 class Layer(nn.Module):
@@ -191,12 +193,13 @@ class SpectralConv(Layer):
 
     @torch.no_grad()
     def _directions(self, turn: Turn) -> tuple[Tensor, Tensor]:
-        u = turn.pending.get(f"{self.key}.u", self.weight_u)
-        v = turn.pending.get(f"{self.key}.v", self.weight_v)
+        # every turn starts from the buffers: micro-batches must not see each other's steps
+        u, v = turn.directions.get(self.key, (self.weight_u, self.weight_v))
         if turn.learns:
             matrix = self.weight_orig.flatten(1)
             v = F.normalize(matrix.T @ u, dim=0, eps=1e-12)
             u = F.normalize(matrix @ v, dim=0, eps=1e-12)
+            turn.directions[self.key] = u, v
             turn.pending.update({f"{self.key}.u": u, f"{self.key}.v": v})
         return u, v
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal
+from typing import Any, Literal
 
 from torch import Tensor
 
@@ -66,6 +66,12 @@ class Reconstruction(Objective):
         if view == "image":
             self.views = {"image": Plain(spec)}
         self.perceptual = Perceptual(net, trunk) if lpips else None
+
+    @staticmethod
+    def outside_weights(options: Mapping[str, Any]) -> tuple[str, ...]:
+        """Names in ``vtp weights list`` that it reads with these options; model cards tell their licences."""
+        used = options["lpips"] and options["trunk"] == "weights"
+        return (f"lpips-{options['net']}",) if used else ()
 
     def forward(self, got: Mapping[str, Outputs], clock: Clock) -> dict[str, Tensor]:
         """Shapes: K crops, R rows, ch channels of the signal."""

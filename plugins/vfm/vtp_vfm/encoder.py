@@ -77,6 +77,11 @@ class Timm(Filled):
         self.range = Range(*constants(normalise, constants_of(network)))
         self.interpolation, self.antialias = interpolation, antialias
 
+    @staticmethod
+    def outside_weights(options: Mapping[str, Any]) -> tuple[str, ...]:
+        """Names in ``vtp weights list`` that it reads with these options; model cards tell their licences."""
+        return () if options["weights"] == "random" else (options["name"],)
+
     def lack(self, network: Any, name: str, weights: str | None) -> None:
         """Fill the network, or note why it cannot be filled yet."""
         if lacking := fill(network, name, weights):

@@ -1,0 +1,1 @@
+"""Our tokenizers as other libraries' classes; each module here needs its library."""
