@@ -36,9 +36,8 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     return [f"| {' | '.join(cells)} |" for cells in lines]
 
 
-def write_section(name: str, lines: Sequence[str]) -> None:
-    """Replace what stands between ``<!-- NAME:start -->`` and ``<!-- NAME:end -->`` in the README."""
-    readme = HERE / "README.md"
+def write_section(name: str, lines: Sequence[str], page: Path = HERE / "README.md") -> None:
+    """Replace what stands between ``<!-- NAME:start -->`` and ``<!-- NAME:end -->`` in the README or another page."""
     start, end = f"<!-- {name}:start -->", f"<!-- {name}:end -->"
-    before, rest = readme.read_text(encoding="utf-8").split(start)
-    readme.write_text(before + "\n".join([start, *lines, end]) + rest.split(end)[1], encoding="utf-8")
+    before, rest = page.read_text(encoding="utf-8").split(start)
+    page.write_text(before + "\n".join([start, *lines, end]) + rest.split(end)[1], encoding="utf-8")

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-
-from vtp_plugins.fakes import FakeBatch
-from vtp_plugins.objective import Objective
 
 
 def tensors(module: nn.Module) -> dict[str, Tensor]:
@@ -38,14 +36,22 @@ def near(a: Tensor, b: Tensor) -> bool:
 
 
 def gradients(
-    terms: list[dict[str, Tensor]], objectives: list[Objective], batch: FakeBatch
+    terms: Sequence[Mapping[str, Tensor]],
+    modules: Sequence[nn.Module],
+    leaves: Mapping[str, Tensor] | None = None,
 ) -> dict[str, Tensor]:
-    """Gradients of the processes' mean loss at parameters and at fake outputs."""
+    """Gradients of a mean loss at parameters, added up over processes, and at fake outputs.
+
+    Args:
+        terms: of every micro-batch of every process.
+        modules: of every process; they have the same parameters.
+        leaves: fake outputs.
+    """
+    leaves = leaves or {}
     total = torch.stack([torch.stack(list(one.values())).sum() for one in terms]).mean()
-    names = [name for name, p in objectives[0].named_parameters() if p.requires_grad]
-    parameters = [dict(objective.named_parameters())[name] for objective in objectives for name in names]
-    leaves = {" ".join(key): leaf for key, leaf in batch.leaves.items() if leaf.requires_grad}
-    if not total.requires_grad:
+    names = [name for name, p in modules[0].named_parameters() if p.requires_grad]
+    parameters = [dict(module.named_parameters())[name] for module in modules for name in names]
+    if not total.requires_grad or not (parameters or leaves):
         return {}
     grads = torch.autograd.grad(
         total, [*parameters, *leaves.values()], allow_unused=True, materialize_grads=True

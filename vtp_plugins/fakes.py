@@ -76,6 +76,8 @@ class FakeClock:
     steps: int = 100
     rank: int = 0
     meeting: Meeting = field(default_factory=lambda: Meeting(1))
+    micro: int = 0
+    micros: int = 1
 
     @property
     def share(self) -> float:
@@ -86,14 +88,14 @@ class FakeClock:
         return self.meeting.world
 
     def positions(self, rows: int) -> Tensor:
-        return self.rank + self.world * torch.arange(rows)
+        return self.rank + self.world * (self.micro + self.micros * torch.arange(rows))
 
     def normal(self, name: str, *shape: int) -> Tensor:
-        whole = torch.randn(shape[0] * self.world, *shape[1:], generator=self.rng(name))
+        whole = torch.randn(shape[0] * self.world * self.micros, *shape[1:], generator=self.rng(name))
         return whole[self.positions(shape[0])]
 
     def uniform(self, name: str, *shape: int) -> Tensor:
-        whole = torch.rand(shape[0] * self.world, *shape[1:], generator=self.rng(name))
+        whole = torch.rand(shape[0] * self.world * self.micros, *shape[1:], generator=self.rng(name))
         return whole[self.positions(shape[0])]
 
     def rng(self, name: str) -> torch.Generator:
@@ -137,26 +139,30 @@ class FakeBatch:
         spec: shapes.
         rows: R of the whole batch.
         dtype: of fractions.
+        uneven: masks hide ten times as many places of every even row as of every odd one.
     """
 
     def __init__(
-        self, objective: Objective, spec: Spec, rows: int = 8, dtype: torch.dtype = torch.float32
+        self,
+        objective: Objective,
+        spec: Spec,
+        rows: int = 8,
+        dtype: torch.dtype = torch.float32,
+        uneven: bool = False,
     ) -> None:
         self.objective, self.spec, self.rows, self.dtype = objective, spec, rows, dtype
+        self.uneven = uneven
         self.read: set[tuple[str, str]] = set()
         self.leaves: dict[tuple[str, ...], Tensor] = {}
         self._inputs: dict[str, Any] = {}
         self._masks: dict[str, Tensor] = {}
 
-    def got(self, clock: FakeClock, part: int = 0, parts: int = 1) -> dict[str, Outputs]:
-        """What the process of ``clock`` is handed: global row i belongs to process i mod W.
+    def got(self, clock: FakeClock) -> dict[str, Outputs]:
+        """What the process of ``clock`` is handed for its micro-batch.
 
-        Args:
-            clock: of the process.
-            part: index of the micro-batch; row j of a process belongs to micro-batch j mod A.
-            parts: A.
+        Global row i belongs to process i mod W, and there to micro-batch (i div W) mod A.
         """
-        own = slice(clock.rank + clock.world * part, None, clock.world * parts)
+        own = slice(clock.rank + clock.world * clock.micro, None, clock.world * clock.micros)
         return {slot: self._outputs(slot, need, own) for slot, need in self.objective.needs.items()}
 
     def _outputs(self, slot: str, need: Need, own: slice) -> Outputs:
@@ -224,16 +230,21 @@ class FakeBatch:
     def mask(self, name: str) -> Tensor:
         """A sampler's mask of the whole batch, (K, R, N)."""
         if name not in self._masks:
-            self._masks[name] = self.sampled(name, FakeClock(step=0))
+            drawn = self.sampled(name, FakeClock(step=0))
+            self._masks[name] = _uneven(drawn) if self.uneven else drawn
         return self._masks[name]
 
     def sampled(self, name: str, clock: FakeClock) -> Tensor:
         """What a sampler draws for one process."""
         sampler = self.objective.masks[name]
         crops, grid = self._crops(sampler.view) or 1, self._grid(sampler.view)
-        return sampler(crops, self.rows // clock.world, grid, clock)
+        return sampler(crops, self.rows // (clock.world * clock.micros), grid, clock)
 
     # ---- outputs
+
+    def learning(self) -> dict[str, Tensor]:
+        """Fake outputs that take gradient, by view, source and output."""
+        return {" ".join(key): leaf for key, leaf in self.leaves.items() if leaf.requires_grad}
 
     def _whole(self, need: Need, output: str) -> Any:
         """An output over the whole batch, without crops cut or places picked."""
@@ -275,3 +286,11 @@ class FakeBatch:
         }
         latent = base.startswith(("latent", "posterior"))
         return shapes.get(base, (math.prod(grid), spec.channels if latent else width))
+
+
+def _uneven(mask: Tensor) -> Tensor:
+    """A mask (K, R, N) of the same shape: ten places of every even row, or most of few, and one of every odd."""
+    crops, rows, places = mask.shape
+    ranks = torch.rand(crops, rows, places, generator=stream("uneven")).argsort(-1).argsort(-1)
+    counts = torch.where(torch.arange(rows) % 2 == 0, max(1, min(10, places - 1)), 1)
+    return ranks < counts[:, None]

@@ -26,7 +26,8 @@ class Objective(nn.Module):
         masks: mask samplers it brings, by the name that ``Need.mask`` and ``patches@NAME`` use.
         shadow: submodules that need an EMA copy, found with :meth:`ema`.
         exports: names of methods and modules that travel with the tokenizer.
-        coupled: the loss couples rows (contrastive, KoLeo, Sinkhorn), so it gathers over processes.
+        coupled: a row's loss depends on other rows (contrastive, KoLeo, Sinkhorn, a count that varies), so it
+            gathers over processes, and micro-batches cannot be taken one by one.
         pending: tensors that :meth:`forward` wants merged; :meth:`settle` merges them.
     """
 

@@ -14,9 +14,9 @@ from vtp_plugins.declarations import check_declarations
 from vtp_plugins.errors import PluginFault
 from vtp_plugins.fakes import FakeBatch as FakeBatch
 from vtp_plugins.fakes import FakeClock as FakeClock
-from vtp_plugins.fakes import Meeting
 from vtp_plugins.objective import AdversarialObjective, Objective
 from vtp_plugins.spec import Spec
+from vtp_plugins.splits import check_masks, check_splits
 
 SPEC = Spec(
     size=(32, 32),
@@ -38,7 +38,8 @@ def check_objective(cls: Callable[..., Objective], spec: Spec | None = None, **o
 
     It is built, and must declare honestly what it reads and brings; its losses must be finite scalars in
     float32 at least, equal whenever the clock is, without a change of state, and with gradient; what settles
-    must survive a save and a load; and the gradients of two processes must average to those of one.
+    must survive a save and a load; and losses, gradients and settled state of two and four processes, of
+    micro-batches where it is not coupled, and of uneven masks, must be those of one process with the whole batch.
 
     Args:
         cls: the class, or anything that builds one from a spec and options.
@@ -69,8 +70,8 @@ class _Check:
         self.settles()
         self.adds_up()
         self.reloads()
-        self.masks_are_dealt()
-        self.processes_agree()
+        check_masks(FakeBatch(self.objective, self.spec, ROWS), self.fail)
+        check_splits(lambda: self.copy(still=False), self.spec, ROWS, self.fail)
         if isinstance(self.objective, AdversarialObjective):
             self.criticises(self.objective)
 
@@ -85,11 +86,11 @@ class _Check:
             self.fail(f"is a {type(objective).__name__}; derive it from vtp_plugins.Objective")
         return objective
 
-    def copy(self, dtype: torch.dtype = torch.float64) -> Objective:
+    def copy(self, dtype: torch.dtype = torch.float64, still: bool = True) -> Objective:
         """The objective with EMA copies bound and its critic still, as the engine keeps it."""
         objective = copy.deepcopy(self.objective).to(dtype)
         self.bind(objective)
-        if isinstance(objective, AdversarialObjective):
+        if still and isinstance(objective, AdversarialObjective):
             objective.critic.requires_grad_(False)
         return objective
 
@@ -169,7 +170,7 @@ class _Check:
         """At some parameter or at some output, finite."""
         objective = self.copy()
         batch = FakeBatch(objective, self.spec, ROWS, torch.float64)
-        found = gradients([self.losses(objective, FakeClock(), batch)], [objective], batch)
+        found = gradients([self.losses(objective, FakeClock(), batch)], [objective], batch.learning())
         for key, grad in found.items():
             if not torch.isfinite(grad).all():
                 self.fail(f"the gradient of {key} is not finite on random outputs of scale 1")
@@ -196,7 +197,7 @@ class _Check:
         if self.objective.coupled or not whole.pending:
             return
         for part in range(2):
-            halves(batch.got(FakeClock(), part, 2), FakeClock())
+            halves(batch.got(FakeClock(micro=part, micros=2)), FakeClock(micro=part, micros=2))
         whole.settle(FakeClock())
         halves.settle(FakeClock())
         for key, value in halves.state_dict().items():
@@ -232,49 +233,6 @@ class _Check:
                 self.fail(
                     f"term {term!r} differs after state_dict() and load_state_dict(); register its state"
                 )
-
-    # ---- processes
-
-    def masks_are_dealt(self) -> None:
-        """Samplers draw for the whole batch, so that a row meets its mask on any process."""
-        batch = FakeBatch(self.objective, self.spec, ROWS)
-        for name in self.objective.masks:
-            whole, meeting = batch.sampled(name, FakeClock()), Meeting(2)
-            for rank in range(2):
-                part = batch.sampled(name, FakeClock(rank=rank, meeting=meeting))
-                if part.dtype != torch.bool or not torch.equal(part, whole[:, rank::2]):
-                    self.fail(
-                        f"mask {name!r} of two processes is not that of one, dealt; key it by clock.positions"
-                    )
-
-    def processes_agree(self) -> None:
-        """Losses, gradients and settled state of two processes are those of one with the whole batch."""
-        one, twins = self.copy(), [self.copy(), self.copy()]
-        whole = FakeBatch(one, self.spec, ROWS, torch.float64)
-        parts = FakeBatch(twins[0], self.spec, ROWS, torch.float64)
-        parts.got(FakeClock())  # made before the threads start
-        alone, meeting = [self.losses(one, FakeClock(), whole)], Meeting(2)
-        clocks = [FakeClock(rank=rank, meeting=meeting) for rank in range(2)]
-        both = meeting.run(lambda rank: self.losses(twins[rank], clocks[rank], parts))
-        if meeting.used and not self.objective.coupled:
-            self.fail("forward gathers rows, so the loss couples them; set self.coupled = True")
-        remedy = (
-            "return a scalar whose mean over processes is the whole batch's loss: sum * clock.world / "
-            "clock.total(count), or gather the rows and set self.coupled = True"
-        )
-        for term, value in alone[0].items():
-            if not near(torch.stack([terms[term] for terms in both]).mean(), value):
-                self.fail(f"term {term!r} of two processes does not average to that of one; {remedy}")
-        expected = gradients(alone, [one], whole)
-        for key, grad in gradients(both, twins, parts).items():
-            if not near(grad, expected[key]):
-                self.fail(f"the gradient of {key} on two processes is not that on one; {remedy}")
-        one.settle(FakeClock())
-        meeting.run(lambda rank: twins[rank].settle(clocks[rank]))
-        for twin in twins:
-            for key, value in twin.state_dict().items():
-                if not near(value, one.state_dict()[key]):
-                    self.fail(f"{key!r} settles differently on two processes; merge clock.total() of pending")
 
     # ---- critics
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import os
 import sys
 import traceback
 from pathlib import Path
@@ -58,6 +59,8 @@ def _end(message: str, code: int, longest: int = _LINES) -> NoReturn:
     if len(lines) > longest:
         lines[longest - 3 : -2] = ["..."]
     typer.echo("vtp: " + "\n".join(lines), err=True)
+    if _several():  # connections to processes that have gone may not close in order
+        os._exit(code)
     raise SystemExit(code)
 
 
@@ -147,22 +150,25 @@ def plan(
 @app.command()
 def train(
     stack: StackName, overrides: Overrides = None, plugin: Plugins = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what the run would take, and stop.")] = False,
     world_size: Annotated[int, typer.Option(min=1, help="With --dry-run: processes that share it.")] = 1,
+    as_json: AsJson = False,
 ) -> None:  # fmt: skip
     """Train a stack; ends by writing the report and printing its path."""
     loaded = _stack(stack, overrides, plugin)
     if dry_run:
-        from vtp_core.describe import plan as page
+        from vtp_core.dryrun.run import DryRun
 
-        typer.echo(str(page(loaded, world_size)), nl=False)
+        found = DryRun(loaded, world_size)
+        typer.echo(json.dumps(found.data, indent=1) if as_json else str(found), nl=as_json)
         return
-    from vtp_core.run.directory import check_free
+    if not _several():
+        from vtp_core.run.directory import check_free
 
-    check_free(Path(loaded.run.dir or "runs/DATE"))
-    from vtp_core.training import Training
+        check_free(Path(loaded.run.dir or "runs/DATE"))
+    from vtp_core.training import begin
 
-    _ended(Training(loaded))
+    _ended(begin(loaded))
 
 
 @app.command()
@@ -179,16 +185,24 @@ def resume(run: RunPath, plugin: Plugins = None) -> None:
     from vtp_core.stack import load_run_stack
 
     loaded = load_run_stack(run, registry_of(plugin))
-    check_idle(run)
-    if RunDirectory(run).changed:
+    if not _several():
+        check_idle(run)
+    if RunDirectory(run).changed and os.environ.get("RANK", "0") == "0":
         typer.echo(f"{run / 'stack.yaml'} was changed since the run began; it holds as it is now", err=True)
     from vtp_core.training import Training
 
     _ended(Training(loaded, resume=run))
 
 
+def _several() -> bool:
+    """Whether torchrun or its like started this process: then the first of them looks at the run's directory."""
+    return "WORLD_SIZE" in os.environ
+
+
 def _ended(training: Any) -> None:
     directory = training.run()
+    if training.engine.rank != 0:
+        return
     typer.echo(f"run     {directory.path}")
     if training.report is not None:
         typer.echo(f"report  {training.report}")

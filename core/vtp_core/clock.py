@@ -11,6 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from vtp_core.peers import PULSE
+
 _STEP = 0x9E3779B97F4A7C15  # SplitMix64 (Steele, Lea and Flood 2014)
 _MIX = ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB), (31, 1))
 
@@ -46,13 +48,15 @@ class _Gather(torch.autograd.Function):
         ctx.rows = x.shape[0]
         x = x.contiguous()
         parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
-        dist.all_gather(parts, x)
+        with PULSE.collective():
+            dist.all_gather(parts, x)
         return torch.cat(parts)  # (R, ...) -> (W*R, ...)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
         grad = grads[0].contiguous().clone()
-        dist.all_reduce(grad)
+        with PULSE.collective():
+            dist.all_reduce(grad)
         start = dist.get_rank() * ctx.rows
         return grad[start : start + ctx.rows]
 
@@ -63,13 +67,15 @@ class _Total(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
         y = x.contiguous().clone()
-        dist.all_reduce(y)
+        with PULSE.collective():
+            dist.all_reduce(y)
         return y
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
         grad = grads[0].contiguous().clone()
-        dist.all_reduce(grad)
+        with PULSE.collective():
+            dist.all_reduce(grad)
         return grad
 
 

@@ -1,31 +1,27 @@
-"""What a plan costs, counted on the meta device: FLOPs, tokens, parameters, bytes. Reads no data."""
+"""What a plan costs: a step of the engine on tensors without values, on the meta device. Reads no data."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+import math
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
-from torch import Tensor
-from torch.fx.experimental import _config as meta
-from torch.utils.flop_counter import FlopCounterMode
 
-from vtp_core import schedule, state
 from vtp_core.adopting import conditioning
+from vtp_core.announcing import announced
 from vtp_core.build import Model, blueprint, build, spec_of
-from vtp_core.clock import StepClock
+from vtp_core.dryrun.inputs import inputs_of
+from vtp_core.dryrun.memory import Memory, size_of
+from vtp_core.dryrun.notes import Collective
+from vtp_core.dryrun.processes import processes
+from vtp_core.dryrun.rehearsal import META, LeftOut, Rehearsal
 from vtp_core.evaluation import dataset_factory
-from vtp_core.forwards import Forwards, Inputs
+from vtp_core.exporters import exporters_of
+from vtp_core.inputs import Inputs, Signals
 from vtp_core.layout import Layout
-from vtp_core.planner import Node, Plan, Reader, plan
+from vtp_core.planner import Node, Plan
 from vtp_core.stack import Stack
-from vtp_core.teacher import EMATeacher
-from vtp_core.tokenizer import exporters_of
 from vtp_plugins.protocols import Dataset
-
-META = torch.device("meta")
 
 
 @dataclass(slots=True)
@@ -45,228 +41,136 @@ class Costs:
 
     Attributes:
         plan: what was counted.
-        nodes: cost of every node but inputs.
-        objectives: forward FLOPs and saved bytes of each objective's own layers; None where they
-            depend on values, which the meta device does not have.
+        world: processes.
+        nodes: cost of every node but inputs, of all micro-batches.
+        objectives: forward FLOPs and saved bytes of each objective's own layers.
+        left_out: objectives that look at values, which a plan does not have, with what they asked; or a node, and
+            then nothing is counted.
+        bounded: who picks by values, so that all is counted as picked.
         unshared: forward FLOPs of the nodes if every need ran a forward of its own.
+        backward_flops: of everything that is no forward.
         parameters: trainable parameters by owner.
-        ema: parameters of the EMA teacher.
-        element: bytes of one number.
+        ema: numbers in the EMA teacher and in a generator's average.
+        memory: bytes by kind.
+        collectives: of the step.
+        checkpoint: bytes of a checkpoint by part, as this process writes them.
+        checkpoint_whole: bytes of all processes together.
+        sharded: owners whose weights are dealt over the processes.
+        announced: what the run will say of its processes.
     """
 
     plan: Plan
+    world: int = 1
     nodes: dict[Node, Cost] = field(default_factory=dict)
-    objectives: dict[str, tuple[int, int] | None] = field(default_factory=dict)
+    objectives: dict[str, tuple[int, int]] = field(default_factory=dict)
+    left_out: dict[str, str] = field(default_factory=dict)
+    bounded: list[str] = field(default_factory=list)
     unshared: int = 0
     unshared_forwards: int = 0
+    backward_flops: int = 0
     parameters: dict[str, int] = field(default_factory=dict)
     ema: int = 0
-    element: int = 4
+    memory: Memory = field(default_factory=Memory)
+    collectives: list[Collective] = field(default_factory=list)
+    checkpoint: dict[str, int] = field(default_factory=dict)
+    checkpoint_whole: int = 0
+    sharded: list[str] = field(default_factory=list)
+    announced: list[str] = field(default_factory=list)
 
     @property
     def forward_flops(self) -> int:
-        own = sum(cost[0] for cost in self.objectives.values() if cost is not None)
+        own = sum(flops for flops, _ in self.objectives.values())
         return own + sum(cost.flops for cost in self.nodes.values())
 
     @property
     def step_flops(self) -> int:
-        """Forward plus twice the forward for what gradient reaches."""
-        own = sum(cost[0] for cost in self.objectives.values() if cost is not None)
-        live = sum(cost.flops for node, cost in self.nodes.items() if node in self.plan.live)
-        return self.forward_flops + 2 * (own + live)
-
-    @property
-    def sync_bytes(self) -> int:
-        """Gradient bytes that one step averages over processes."""
-        return sum(self.parameters.values()) * self.element
+        return self.forward_flops + self.backward_flops
 
     def stage_bytes(self) -> list[int]:
-        """Bytes that autograd saves, by stage."""
-        sizes = []
-        for stage in self.plan.stages:
-            own = sum((self.objectives.get(name) or (0, 0))[1] for name in stage.readers)
-            sizes.append(own + sum(self.nodes[node].saved for node in stage.nodes))
-        return sizes
+        """Most bytes that autograd keeps at one time, by stage."""
+        return [self.memory.stages.get(stage, 0) for stage in self.plan.stages]
 
-    @property
-    def state_bytes(self) -> int:
-        """Parameters, gradients, two optimizer moments, and the EMA teacher."""
-        return (4 * sum(self.parameters.values()) + self.ema) * self.element
+    def sent_bytes(self, *causes: str) -> float:
+        """Bytes that each process sends in a step, and receives, for some causes or for all."""
+        return sum(c.sent(self.world) for c in self.collectives if not causes or c.cause in causes)
 
 
-def cost(stack: Stack, world: int = 1, dataset: Dataset | None = None) -> tuple[Costs, Layout]:
-    """Count a stack's first full step on the meta device.
+def cost(
+    stack: Stack, world: int = 1, dataset: Dataset | None = None, shared: bool = True
+) -> tuple[Costs, Layout]:
+    """Count a stack's first full step, as the first process takes it.
 
     Args:
         stack: loaded.
         world: processes that share the batch.
         dataset: of the stack, if it is there already; a generator's condition and latents are asked of it.
+        shared: count what sharing forwards saves, too.
+
+    Raises:
+        StackFault: the batch does not divide, or whatever else building and planning find.
     """
     plans, given = blueprint(stack), (0, 0)
     if plans.generator is not None:
         dataset = dataset or dataset_factory(stack, spec_of(plans))(None)
         given = conditioning(stack, dataset, exporters_of(stack, None, "cpu"))
-    with META:
-        model = build(plans, *given)
-        ema, average = EMATeacher(state.shadowed(model)), EMATeacher(state.averaged(model))
-    state.bind_shadows(model, ema)
-    train = stack.train
     provided = frozenset() if dataset is None else dataset.provides
-    layout = Layout(model, stack.data.batch_size, world, train.accumulate, provided)
-    names = tuple(
-        n
-        for n, keys in model.settings.items()
-        if schedule.is_active(keys, _start(model, train.steps), train.steps)
-    )
-    readers = layout.readers(names)
-    counted = Costs(_plan(readers, model, layout), element=8 if train.precision == "float64" else 4)
-    inputs = _inputs(model, layout, dataset)
-    counting = _Counting(model, ema, layout, inputs)
-    counting.nodes(counted)
-    counting.objectives(counted, names)
-    counting.unshared(counted, readers)
-    counted.parameters = {o: sum(p.numel() for p in ps.values()) for o, ps in layout.owners().items() if ps}
-    counted.ema = sum(t.numel() for copies in (ema, average) for t in copies.state().values())
-    return counted, layout
-
-
-def _start(model: Model, steps: int) -> int:
-    """A step at which every objective has started."""
-    from vtp_core.options import steps_of
-
-    return max((steps_of(keys.start, steps) for keys in model.settings.values()), default=0)
-
-
-def _plan(readers: list[Reader], model: Model, layout: Layout) -> Plan:
-    def trains(module: str) -> bool:
-        found = model.modules().get(module)
-        return found is not None and any(p.requires_grad for p in found.parameters())
-
-    return plan(readers, trains, layout.fields, layout.provided)
-
-
-def _inputs(model: Model, layout: Layout, dataset: Dataset | None) -> Inputs:
-    """Shapes of a micro-batch; views tell theirs on an empty sample, what a dataset provides on its first."""
-    rows = {name: count // layout.accumulate for name, count in layout.rows_by_view().items()}
-    views = {}
-    for name, view in model.views.items():
-        if name in rows:
-            blank: Any = (
-                ""
-                if view.field == "text"
-                else torch.zeros(
-                    model.spec.signal_channels, *model.spec.size, dtype=torch.uint8, device="cpu"
-                )
-            )
-            made = view(blank)
-            views[name] = torch.empty(rows[name], *made.shape, dtype=made.dtype, device=META)
-    sample = dataset[0] if dataset is not None and layout.provided else {}
-    fields: dict[str, Any] = {}
-    for name in layout.fields:
-        value = sample.get(name)
-        if name == model.condition and model.spec.condition == "embedding":
-            value = torch.empty(model.spec.condition_width)
-        whole = value if isinstance(value, Tensor) else torch.zeros((), dtype=torch.long)
-        fields[name] = torch.empty(rows.get(name, 0), *whole.shape, dtype=whole.dtype, device=META)
-    return Inputs(views, fields)
-
-
-class _Counting:
-    def __init__(self, model: Model, ema: EMATeacher, layout: Layout, inputs: Inputs) -> None:
-        self.model, self.ema, self.layout = model, ema, layout
-        self.clock = StepClock(device=META)
-        self.inputs = Inputs(inputs.views, inputs.fields, layout.masks(inputs, StepClock()))
-
-    def forwards(self, step_plan: Plan) -> Forwards:
-        return Forwards(
-            self.model, self.ema.modules, step_plan, self.inputs, self.clock, crop_free=self.layout.crop_free
-        )
-
-    def nodes(self, counted: Costs) -> None:
-        """Run every node once and count it alone: its inputs are there already."""
-        run = self.run = self.forwards(counted.plan)
-        for node, demand in counted.plan.demands.items():
-            if node.kind == "input":
-                run.value(node)
-                continue
-            with _counted() as counter:
-                run.value(node)
-            crops = self.inputs.views[node.view].shape[1] if node.view in self.inputs.views else 1
-            rows = max(demand.rows.values())
-            grid = run.signals.grid(node.view) or self.model.spec.grid
-            tokens = rows * crops * int(torch.Size(grid).numel())
-            counted.nodes[node] = Cost(rows, crops, tokens, counter.flops, counter.saved)
-
-    def objectives(self, counted: Costs, names: tuple[str, ...]) -> None:
-        """Own layers of each objective, where they don't depend on values."""
-        for name in names:
-            got = {slot: self.run.hand(handout) for slot, handout in counted.plan.handouts[name, 0].items()}
+    left_out: dict[str, str] = {}
+    with processes(world):
+        while True:
+            with META:
+                model = build(plans, *given)
+            engine = Rehearsal(model, stack.train, stack.data.batch_size, provided, left_out)
+            inputs = inputs_of(model, engine.layout, dataset)
             try:
-                with _counted() as counter:
-                    self.model.objectives[name](got, self.clock.of(name))
-            except (RuntimeError, NotImplementedError):
-                counted.objectives[name] = None
-            else:
-                counted.objectives[name] = (counter.flops, counter.saved)
-
-    def unshared(self, counted: Costs, readers: list[Reader]) -> None:
-        """Every need by itself, as if each objective called the encoder."""
-        for reader in readers:
-            for slot, need in reader.needs.items():
-                alone = _plan([Reader(reader.name, {slot: need}, reader.rows)], self.model, self.layout)
-                run = self.forwards(alone)
-                with _counted() as counter:
-                    for node in alone.demands:
-                        run.value(node)
-                counted.unshared += counter.flops
-                counted.unshared_forwards += sum(node.kind == "encode" for node in alone.demands)
+                engine.rehearse(inputs)
+                return _costs(engine, inputs, left_out, shared), engine.layout
+            except LeftOut as fault:
+                if isinstance(
+                    fault.who, Node
+                ):  # without it nothing can be counted, and a run goes on all the same
+                    return Costs(engine.plan(), world, left_out={str(fault.who): str(fault)}), engine.layout
+                left_out |= dict.fromkeys(_with_followers(model, fault.who), str(fault))
 
 
-@dataclass
-class _Counter:
-    flops: int = 0
-    saved: int = 0
+def _with_followers(model: Model, name: str) -> list[str]:
+    """An objective and those whose weight is balanced against it."""
+    balanced = [n for n, k in model.settings.items() if k.balance is not None and k.balance.against == name]
+    return [name, *balanced]
 
 
-@contextmanager
-def _counted() -> Iterator[_Counter]:
-    """Count FLOPs, and bytes that autograd keeps, each storage once and parameters not at all."""
-    counter = _Counter()
-    seen: dict[int, Any] = {}
+def _costs(engine: Rehearsal, inputs: Inputs, left_out: dict[str, str], shared: bool) -> Costs:
+    notes, model, layout = engine.notes, engine.model, engine.layout
+    found = Costs(engine.plan(), engine.world, left_out=left_out, memory=engine.memory)
+    signals = Signals(inputs, model.modality, model.spec.patch, META, torch.float32, layout.crop_free)
+    for node, demand in found.plan.demands.items():
+        if node.kind != "input":
+            rows, crops = max(demand.rows.values()), signals.crops(node.view)
+            tokens = rows * crops * math.prod(signals.grid(node.view) or model.spec.grid)
+            found.nodes[node] = Cost(rows, crops, tokens, notes.flops[node], engine.saved.by[node])
+    names = [n for n in model.objectives if n not in left_out]
+    found.objectives = {
+        n: (notes.flops[n], engine.saved.by[n]) for n in names if n in notes.flops or n in engine.saved.by
+    }
+    found.bounded = sorted(str(owner) for owner in notes.bounded if owner is not None)
+    found.backward_flops = notes.flops[None]
+    found.parameters = {o: sum(p.numel() for p in ps.values()) for o, ps in layout.owners().items() if ps}
+    found.ema = sum(t.numel() for copies in (engine.ema, engine.average) for t in copies.state().values())
+    found.collectives = notes.collectives
+    found.checkpoint = {
+        part: size_of(tensors.values()) for part, tensors in engine.state().items() if tensors
+    }
+    found.checkpoint_whole = sum(
+        t.numel() * t.element_size() for ts in engine.state().values() for t in ts.values()
+    )
+    if shared:
+        found.unshared, found.unshared_forwards = engine.alone(inputs)
+    found.sharded = list(engine.sharding.roots)
+    engine.device = _kind(engine.train_keys.device)
+    found.announced = announced(engine)
+    return found
 
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in seen and not tensor.is_leaf:
-            seen[storage._cdata] = storage  # held, so that an address is not given twice
-            counter.saved += storage.nbytes()
-        return tensor
 
-    flops = FlopCounterMode(display=False)
-    saved = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
-    # A choice of rows by value counts as the choice of all: an upper bound, where meta tensors have no values.
-    config: Any = meta  # its attributes are made at run time
-    with config.patch(meta_nonzero_assume_all_nonzero=True), saved, flops:
-        yield counter
-    counter.flops = int(flops.get_total_flops())
-
-
-def as_json(counted: Costs) -> Mapping[str, Any]:
-    """The plan as plain data."""
-    return {
-        "forwards": [
-            {
-                "forward": str(node), "rows": c.rows, "crops": c.crops, "tokens": c.tokens, "flops": c.flops,
-                "saved_bytes": c.saved, "outputs": counted.plan.demands[node].rows,
-                "readers": list(counted.plan.demands[node].readers), "gradient": node in counted.plan.live,
-            }
-            for node, c in counted.nodes.items()
-        ],
-        "stages": [
-            {"forwards": [str(n) for n in s.nodes], "readers": list(s.readers), "saved_bytes": size}
-            for s, size in zip(counted.plan.stages, counted.stage_bytes(), strict=True)
-        ],
-        "parameters": counted.parameters, "ema_parameters": counted.ema,
-        "flops": {"forward": counted.forward_flops, "step": counted.step_flops, "unshared_forward": counted.unshared},
-        "bytes": {"state": counted.state_bytes, "largest_stage": max(counted.stage_bytes(), default=0),
-                  "synchronise": counted.sync_bytes},
-    }  # fmt: skip
+def _kind(device: str) -> torch.device:
+    """Where the run would compute."""
+    cuda = device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
+    return torch.device("cuda" if cuda else "cpu")

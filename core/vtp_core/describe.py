@@ -7,14 +7,16 @@ import io
 import re
 import types
 import typing
-from collections.abc import Hashable, Set
+from collections.abc import Hashable, Mapping, Set
 from typing import Any, cast
 
 from rich.console import Console
 from rich.table import Table
 
 from vtp_core.components import dial_options, schema_of
-from vtp_core.costs import Costs, as_json, cost
+from vtp_core.costs import Costs, cost
+from vtp_core.dryrun.page import size
+from vtp_core.layout import Layout
 from vtp_core.stack import Stack
 from vtp_plugins.protocols import Dataset
 from vtp_plugins.registry import Entry
@@ -25,23 +27,23 @@ _ARGUMENT = re.compile(r"^    (\w+): ", re.MULTILINE)  # as a docstring's Args n
 class PlanPage:
     """A counted plan, for people (``str``) and for programs (``data``)."""
 
-    def __init__(self, stack: Stack, costs: Costs) -> None:
-        self.stack, self.costs = stack, costs
+    def __init__(self, stack: Stack, costs: Costs, layout: Layout) -> None:
+        self.stack, self.costs, self.layout = stack, costs, layout
 
     @property
     def data(self) -> Any:
-        return as_json(self.costs)
+        return _data(self.costs, self.layout)
 
     def __str__(self) -> str:
-        return _text(_forwards(self.costs), _stages(self.costs), _sums(self.costs, self.stack))
+        return text_of(_forwards(self.costs), _stages(self.costs), _sums(self.costs, self.layout))
 
 
 def plan(stack: Stack, world: int = 1, dataset: Dataset | None = None) -> PlanPage:
-    """Plan a stack's step for ``world`` processes; builds on the meta device and reads no data.
+    """Plan a stack's step for ``world`` processes; counts it on the meta device and reads no data.
 
     Of a generator's data the names of its labels are read, and the shape of the first latent.
     """
-    return PlanPage(stack, cost(stack, world, dataset)[0])
+    return PlanPage(stack, *cost(stack, world, dataset))
 
 
 def _forwards(costs: Costs) -> Table:
@@ -73,48 +75,77 @@ def _forwards(costs: Costs) -> Table:
 
 def _stages(costs: Costs) -> Table:
     table = Table("stage", "forwards", "objectives", "saved for backward", box=None, padding=(0, 2, 0, 0))
-    for index, (stage, size) in enumerate(zip(costs.plan.stages, costs.stage_bytes(), strict=True)):
-        table.add_row(
-            str(index + 1), ", ".join(map(str, stage.nodes)), ", ".join(stage.readers), _bytes(size)
-        )
+    for index, (stage, kept) in enumerate(zip(costs.plan.stages, costs.stage_bytes(), strict=True)):
+        table.add_row(str(index + 1), ", ".join(map(str, stage.nodes)), ", ".join(stage.readers), size(kept))
     return table
 
 
-def _sums(costs: Costs, stack: Stack) -> str:
+def _sums(costs: Costs, layout: Layout) -> str:
     encodes = sum(node.kind == "encode" for node in costs.nodes)
     shared = sum(c.flops for c in costs.nodes.values())
     saved = 1 - shared / costs.unshared if costs.unshared else 0.0
-    uncounted = [name for name, found in costs.objectives.items() if found is None]
     parameters = ", ".join(f"{owner} {count / 1e6:.2f} M" for owner, count in costs.parameters.items())
-    largest = max(costs.stage_bytes(), default=0)
+    memory = costs.memory
     lines = [
         f"parameters     {sum(costs.parameters.values()) / 1e6:.2f} M train ({parameters}); "
         f"EMA teacher {costs.ema / 1e6:.2f} M",
-        f"FLOPs          {costs.step_flops / 1e9:.1f} G a step, {costs.forward_flops / 1e9:.1f} G of them forward",
-        f"memory         about {_bytes(costs.state_bytes + largest)}: {_bytes(costs.state_bytes)} parameters, "
-        f"gradients, optimizer and teacher + {_bytes(largest)} saved for backward in the largest stage",
-        f"synchronise    {_bytes(costs.sync_bytes)} of gradients a step, with more than one process",
+        f"FLOPs          {costs.step_flops / 1e9:.1f} G a step{', of one process' if costs.world > 1 else ''}, "
+        f"{costs.forward_flops / 1e9:.1f} G of them forward",
+        f"memory         about {size(memory.together)}: {size(memory.lasting)} parameters, optimizer, teachers and "
+        f"batch + {size(memory.peak)} in the step, {size(memory.saved)} of it kept for backward in the largest stage",
+        f"synchronise    {_sent(costs)}",
         f"sharing        {encodes} encoder forwards instead of {costs.unshared_forwards}; "
         f"{saved:.0%} of the forward FLOPs of encoder, bottleneck and decoder saved",
-        f"batch          {stack.data.batch_size} images a step",
+        f"batch          {costs.announced[0] if costs.announced else f'{layout.batch_size} images a step'}",
+        f"rows           {', '.join(f'{name} {count:,}' for name, count in layout.rows.items())}",
     ]
-    if uncounted:
-        lines.append(f"not counted    own layers of {', '.join(uncounted)}: their sizes depend on values")
+    lines += [f"weights        {line}" for line in costs.announced[1:]]
+    lines += [f"left out       {name}: {reason}" for name, reason in costs.left_out.items()]
+    if costs.bounded:
+        lines.append(f"upper bound    {', '.join(costs.bounded)}: picks by value; all is counted as picked")
     return "\n".join(lines)
 
 
-def _bytes(count: float) -> str:
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000 or unit == "GB":
-            return f"{count:.0f} {unit}" if unit in {"B", "kB"} else f"{count:.1f} {unit}"
-        count /= 1000
-    raise AssertionError
+def _sent(costs: Costs) -> str:
+    if costs.world == 1:
+        return f"{size(costs.memory.gradients)} of gradients a step, with more than one process"
+    part = size(costs.sent_bytes("gradients", "shards"))
+    return f"each process sends and receives {size(costs.sent_bytes())} a step, {part} of it for weights and gradients"
 
 
-def _text(*parts: Any) -> str:
+def _data(costs: Costs, layout: Layout) -> Mapping[str, Any]:
+    """The plan as plain data."""
+    memory = costs.memory
+    return {
+        "forwards": [
+            {
+                "forward": str(node), "rows": c.rows, "crops": c.crops, "tokens": c.tokens, "flops": c.flops,
+                "saved_bytes": c.saved, "outputs": costs.plan.demands[node].rows,
+                "readers": list(costs.plan.demands[node].readers), "gradient": node in costs.plan.live,
+            }
+            for node, c in costs.nodes.items()
+        ],
+        "stages": [
+            {"forwards": [str(n) for n in s.nodes], "readers": list(s.readers), "saved_bytes": kept}
+            for s, kept in zip(costs.plan.stages, costs.stage_bytes(), strict=True)
+        ],
+        "parameters": costs.parameters, "ema_parameters": costs.ema,
+        "flops": {"forward": costs.forward_flops, "step": costs.step_flops, "unshared_forward": costs.unshared},
+        "bytes": {"state": memory.lasting, "step": memory.peak, "largest_stage": memory.saved,
+                  "sent": round(costs.sent_bytes())},
+        "batch": {"images": layout.batch_size, "processes": layout.world, "micro_batches": layout.accumulate,
+                  "rows": layout.batch_size // (layout.world * layout.accumulate), "rows_by_objective": layout.rows},
+        "announced": costs.announced, "left_out": costs.left_out, "upper_bound": costs.bounded,
+    }  # fmt: skip
+
+
+def text_of(*parts: Any) -> str:
+    """Tables and lines, one under the other."""
     console = Console(file=io.StringIO(), width=160, color_system=None)
     for part in parts:
-        console.print(part, markup=False, highlight=False) if isinstance(part, str) else console.print(part)
+        console.print(part, markup=False, highlight=False, soft_wrap=True) if isinstance(
+            part, str
+        ) else console.print(part)
         console.print()
     file = console.file
     assert isinstance(file, io.StringIO)

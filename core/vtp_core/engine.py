@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from vtp_core import distributed, schedule, state
+from vtp_core import distributed, nonfinite, schedule, state
 from vtp_core.build import Model
+from vtp_core.cached import Micros, whole_batch
 from vtp_core.clock import StepClock
 from vtp_core.critics import Critics
-from vtp_core.errors import NonFinite
 from vtp_core.forwards import Forwards, Inputs
 from vtp_core.hooks import manager_of
 from vtp_core.layout import Layout
@@ -24,6 +24,8 @@ from vtp_core.nodes import Node, Plan
 from vtp_core.optim import Optimizers
 from vtp_core.options import Train
 from vtp_core.planner import plan
+from vtp_core.recomputing import recompute
+from vtp_core.sharding import Sharding
 from vtp_core.tally import Tally, finite
 from vtp_core.teacher import EMATeacher, momentum_at
 from vtp_plugins.needs import Need, Outputs
@@ -46,6 +48,7 @@ class Engine:
     Attributes:
         steps_done: optimizer steps taken.
         run_path: directory of the run, for hooks that write; None without one.
+        sample_name: of a dataset's index, where the dataset names samples; for messages.
         last_runs: how often each node of the last micro-batch was computed.
     """
 
@@ -63,6 +66,7 @@ class Engine:
         self.world, self.rank = distributed.world_size(), distributed.rank()
         self.steps_done = 0
         self.run_path: Path | None = None
+        self.sample_name: Callable[[int], str | None] = lambda index: None
         self.layout = Layout(model, batch_size, self.world, train.accumulate, provided)
         self.plugins = manager_of(hooks or {})
         self._plans: dict[tuple[tuple[str, ...], frozenset[str]], Plan] = {}
@@ -74,12 +78,18 @@ class Engine:
         self.optimizers = Optimizers(self.layout.owners(), self.layout.optim, train.steps)
 
     def _place(self) -> None:
-        """Move modules to the device and make the EMA copies."""
+        """Move modules to the device, make the EMA copies, and deal both over processes if that is wanted."""
+        self._move()
+        self.ema = EMATeacher(state.shadowed(self.model))
+        self.average = EMATeacher(state.averaged(self.model))
+        if self.train_keys.activation_checkpointing:
+            recompute(self.model.modules().values())
+        self.sharding = Sharding(self.model, self.ema, self.average, self.train_keys, self.device)
+        state.bind_shadows(self.model, self.ema)
+
+    def _move(self) -> None:
         for module in [*self.model.modules().values(), *self.model.teachers.values()]:
             module.to(self.device, self.dtype)
-        self.ema = EMATeacher(state.shadowed(self.model))
-        state.bind_shadows(self.model, self.ema)
-        self.average = EMATeacher(state.averaged(self.model))
 
     # ---- planning
 
@@ -124,20 +134,20 @@ class Engine:
         names, step_plan, micros = self.active(self.steps_done), self.plan(), self.train_keys.accumulate
         tally, clock = Tally(micros), self._clock(0)
         self.critics.begin(self.steps_done)
-        losses = self._losses(tally, self.critics)
-        for micro in range(micros):
-            self._backward(step_plan, self.layout.micro(inputs, micro), self._clock(micro), losses)
-        norms, waiting = self._norms(), self.critics.norms()
+        losses = self.losses(tally, self.critics)
+        self.pull(step_plan, inputs, losses)
+        norms, waiting = self.norms(), self.critics.norms()
         row = {"step": self.steps_done, **self._checked(tally, norms, waiting, step_plan, inputs)}
         for name in (*names, *sorted(step_plan.watchers)):
             self.model.objectives[name].settle(clock.of(name))
         self.optimizers.clip(norms, self.train_keys.max_grad_norm)
         self.optimizers.step(self.steps_done)
         self.critics.step(waiting)
-        with self.autocast():
+        with self.autocast(), nonfinite.late(self, inputs):
             row |= self.critics.fresh(lambda *wanted: self._again(inputs, *wanted), micros)
         self.ema.update(momentum_at(clock.share, self.train_keys.teacher.momentum))
         self.average.update(self._decay(), buffers=True)
+        self.sharding.rest()
         row |= {f"lr/{owner}": rate for owner, rate in self.optimizers.rates(self.steps_done).items()}
         self.steps_done += 1
         self.plugins.hook.vtp_step_end(engine=self, clock=clock, metrics=row)
@@ -154,7 +164,7 @@ class Engine:
             micro, self.train_keys.accumulate, device=self.device,
         )  # fmt: skip
 
-    def _losses(self, tally: Tally, critics: Critics | None = None, only: str | None = None) -> Losses:
+    def losses(self, tally: Tally, critics: Critics | None = None, only: str | None = None) -> Losses:
         return Losses(self.model, self.steps_done, self.train_keys.steps, tally, critics, only)
 
     def forwards(self, step_plan: Plan, inputs: Inputs, clock: StepClock) -> Forwards:
@@ -177,17 +187,34 @@ class Engine:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, torch.bfloat16)
 
+    def pull(self, step_plan: Plan, inputs: Inputs, losses: Losses) -> None:
+        """Gradients of all micro-batches; where one cannot be taken by itself, in two passes."""
+        layout, count = self.layout, self.train_keys.accumulate
+
+        def forwards(some: Plan, micro: int) -> Forwards:
+            return self.forwards(some, layout.micro(inputs, micro), self._clock(micro))
+
+        whole = whole_batch(self.model) & {name for name, _ in step_plan.handouts}
+        if count > 1 and whole:
+            clock = replace(self._clock(0), micros=1)
+            micros = Micros(step_plan, count, clock, forwards, self.autocast, self.sharding)
+            self.last_runs = micros.backward(losses, whole)
+            return
+        for micro in range(count):
+            self._backward(step_plan, layout.micro(inputs, micro), self._clock(micro), losses)
+
     def _backward(self, step_plan: Plan, inputs: Inputs, clock: StepClock, losses: Losses) -> None:
         """Forward, losses and backward of every stage, one stage after another."""
         run = self.forwards(step_plan, inputs, clock)
-        for stage in step_plan.stages:
-            if losses.only is not None and losses.only not in stage.readers:
-                continue
+        stages = [stage for stage in step_plan.stages if losses.only in (None, *stage.readers)]
+        lasts = self.sharding.lasts(stages, clock.micro + 1 == clock.micros)
+        for stage, done in zip(stages, lasts, strict=True):
             with self.autocast():
                 total = losses.stage(run, stage)
             if total is not None and total.requires_grad:
-                (total / self.train_keys.accumulate).backward()
+                self.sharding.backward([total / self.train_keys.accumulate], done)
             run.release(stage)
+            self.sharding.close()
         self.last_runs = run.runs
 
     def _again(
@@ -207,8 +234,10 @@ class Engine:
 
     # ---- the finite check
 
-    def _norms(self) -> dict[str, Tensor]:
-        distributed.average_gradients(self.optimizers.parameters())
+    def norms(self) -> dict[str, Tensor]:
+        """Gradient norms by owner, once gradients are averaged over processes."""
+        self.sharding.settle()
+        self.optimizers.average()
         return self.optimizers.norms()
 
     def _checked(
@@ -218,39 +247,20 @@ class Engine:
         grads = {f"grad/{owner}": norm for owner, norm in norms.items()}
         grads |= {f"grad/{name}/critic": norm for name, own in waiting.items() for norm in own.values()}
         row = tally.read(grads)
-        bad = [name for name, value in row.items() if not finite(value)]
-        if bad:
-            self._stop(bad, step_plan, inputs)
+        if not all(map(finite, row.values())):
+            nonfinite.stop(self, row, tally, step_plan, inputs)
         return row
 
-    def _stop(self, bad: list[str], step_plan: Plan, inputs: Inputs) -> None:
-        """Undo what the step prepared and name the objective at fault."""
-        self.optimizers.clear()
-        self.critics.undo()
-        named = [n for n in bad if n != "loss" and not n.startswith(("grad/", "weight/"))]
-        named = named or [f"{n.split('/')[1]} (gradient of its critic)" for n in bad if n.endswith("/critic")]
-        named = named or self._blame(step_plan, inputs) or bad
-        for objective in self.model.objectives.values():
-            objective.pending.clear()
-        culprit = named[0].partition("/")[0].partition(" ")[0]
-        raise NonFinite(
-            f"step {self.steps_done}: not finite: {', '.join(named)}; no weight has moved. "
-            f"Lower train.optim.lr or the weight of {culprit!r}, then resume from the last checkpoint"
-        )
-
-    def _blame(self, step_plan: Plan, inputs: Inputs) -> list[str]:
-        """Objectives whose gradient alone is not finite: draws are keyed, so the step can be repeated."""
-        found = []
-        for name in self.active(self.steps_done):
-            losses = self._losses(Tally(), only=name)
-            for micro in range(self.train_keys.accumulate):
-                self._backward(step_plan, self.layout.micro(inputs, micro), self._clock(micro), losses)
-            if not all(map(finite, Tally().read(self._norms()).values())):
-                found.append(f"{name} (gradient)")
-            self.optimizers.clear()
-        return found
-
     # ---- state
+
+    @contextlib.contextmanager
+    def whole(self) -> Iterator[tuple[Model, nn.Module | None]]:
+        """The model and its generator's average with all weights on this process; every process must call this."""
+        if self.sharding.plain is None:
+            yield self.model, self.average.modules.get("generator")
+        else:
+            with self.sharding.plain.filled() as found:
+                yield found
 
     def state(self) -> dict[str, dict[str, Tensor]]:
         """Tensors by part, not copied; with ``steps_done`` they are everything that a resumed run needs."""

@@ -21,11 +21,13 @@ class Inputs:
         views: (R, K, ...) as the loader made them, or (R, ...) for views without crops.
         fields: raw fields, tensors (R, ...) or lists.
         masks: (K, R, N) bool on the CPU, by sampler.
+        ids: sample indices of a whole step's rows, (R,), where they are known.
     """
 
     views: dict[str, Tensor]
     fields: dict[str, Any]
     masks: dict[str, Tensor] = field(default_factory=dict)
+    ids: Tensor | None = None
 
 
 class Signals:

@@ -32,8 +32,8 @@ class Layout:
         provided: outputs that the dataset supplies.
 
     Raises:
-        StackFault: a sub-batch that does not divide, a view or mask nobody defines, a coupled objective
-            with accumulation.
+        StackFault: a sub-batch that does not divide, a view or mask nobody defines, a coupled critic on
+            fresh input with accumulation.
     """
 
     def __init__(
@@ -99,11 +99,6 @@ class Layout:
             key = f"objectives.{name}"
             if not objective.needs:
                 raise PluginFault(f"{key}: {type(objective).__name__} declares no needs")
-            if objective.coupled and self.accumulate > 1:
-                raise StackFault(
-                    f"{key} couples the rows of a batch, so train.accumulate={self.accumulate} would change "
-                    "its loss; use train.accumulate=1 and more processes"
-                )
             self._check_balance(name)
             self._check_critic(name)
             for need in objective.needs.values():
@@ -171,13 +166,14 @@ class Layout:
             raise StackFault(
                 f"objectives.{name}.critic: {type(self.model.objectives[name]).__name__} has no critic"
             )
-        if adversarial and keys.critic.order == "before":
-            if self.accumulate > 1:
-                raise StackFault(
-                    f"objectives.{name}.critic: order 'before' needs train.accumulate=1: it moves first"
-                )
-            if keys.critic.input == "fresh":
-                raise StackFault(f"objectives.{name}.critic: input 'fresh' goes with order 'after'")
+        fresh = adversarial and keys.critic.input == "fresh"
+        if fresh and keys.critic.order == "before":
+            raise StackFault(f"objectives.{name}.critic: input 'fresh' goes with order 'after'")
+        if fresh and self.accumulate > 1 and self.model.objectives[name].coupled:
+            raise StackFault(
+                f"objectives.{name}.critic: it couples the rows of a batch, and input 'fresh' is taken by "
+                f"micro-batches; use train.accumulate=1, or input 'reuse'"
+            )
 
     # ---- parameters
 

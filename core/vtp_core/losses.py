@@ -3,17 +3,30 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from vtp_core import balance, schedule
 from vtp_core.build import Model
+from vtp_core.clock import StepClock
 from vtp_core.critics import Critics
-from vtp_core.forwards import Forwards
 from vtp_core.layout import checked_terms
-from vtp_core.nodes import Stage
+from vtp_core.nodes import Handout, Plan, Stage
 from vtp_core.tally import Tally
+from vtp_plugins.needs import Outputs
+
+
+class Given(Protocol):
+    """What hands objectives their outputs: forwards, or what is kept of them."""
+
+    plan: Plan
+    clock: StepClock
+
+    def hand(self, handout: Handout) -> Outputs:
+        """One slot."""
+        ...
 
 
 @dataclass(slots=True)
@@ -27,6 +40,8 @@ class Losses:
         tally: where terms and weights are noted.
         critics: that have their turns; None leaves them alone.
         only: the one objective whose loss is taken; None takes all.
+        parts: micro-batches that an evaluation covers.
+        gradient: of a loss at the anchor of a balance.
     """
 
     model: Model
@@ -35,8 +50,10 @@ class Losses:
     tally: Tally
     critics: Critics | None = None
     only: str | None = None
+    parts: int = 1
+    gradient: balance.Gradient = balance.gradient
 
-    def stage(self, run: Forwards, stage: Stage) -> Tensor | None:
+    def stage(self, run: Given, stage: Stage) -> Tensor | None:
         """The stage's weighted loss; None where nobody has one."""
         sums: dict[str, Tensor] = {}
         for name, turn in stage.turns:
@@ -50,10 +67,13 @@ class Losses:
         if not pulls:
             return None
         total = torch.stack(list(pulls.values())).sum() if len(pulls) > 1 else next(iter(pulls.values()))
-        self.tally.add("loss", total)
+        self._note("loss", total)
         return total
 
-    def _evaluated(self, run: Forwards, name: str, turn: int) -> Tensor | None:
+    def _note(self, name: str, value: Tensor | float) -> None:
+        self.tally.add(name, value * self.parts)
+
+    def _evaluated(self, run: Given, name: str, turn: int) -> Tensor | None:
         """An objective's loss before its weight, and its critic's turn; None if only the critic looks on."""
         objective, keys = self.model.objectives[name], self.model.settings[name]
         got = {slot: run.hand(handout) for slot, handout in run.plan.handouts[name, turn].items()}
@@ -71,7 +91,7 @@ class Losses:
             error.add_note(f"in objectives.{name} ({type(objective).__name__}), step {self.step}")
             raise
         for term, value in noted.items():
-            self.tally.add(term, value)
+            self._note(term, value)
         return loss
 
     def _weighted(self, sums: dict[str, Tensor], noted: set[str]) -> dict[str, Tensor]:
@@ -82,8 +102,9 @@ class Losses:
             weight: float | Tensor = schedule.scale(keys) * schedule.ramp(keys, self.step, self.steps)
             if keys.balance is not None:
                 anchor = balance.anchor_of(self.model, keys.balance.at)
-                weight = weight * balance.ratio(loss, pulls[keys.balance.against], anchor, keys.balance)
+                against = pulls[keys.balance.against]
+                weight = weight * balance.ratio(loss, against, anchor, keys.balance, self.gradient)
             pulls[name] = loss * weight
             if name in noted:
-                self.tally.add(f"weight/{name}", weight)
+                self._note(f"weight/{name}", weight)
         return pulls

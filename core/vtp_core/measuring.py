@@ -7,9 +7,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from vtp_core import evaluation
+from vtp_core import distributed, evaluation
 from vtp_core.adopting import keeps_latents
 from vtp_core.generation import Generator
 from vtp_core.probes.bench import Bench
@@ -20,6 +20,7 @@ from vtp_core.statistics import digest, latent_statistics
 from vtp_core.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
+    from vtp_core.build import Model
     from vtp_core.engine import Engine
     from vtp_core.stopping import Stopping
     from vtp_plugins.protocols import Dataset, Probe
@@ -49,29 +50,35 @@ class Measuring:
         self.exporters, self.names = dict(exporters or {}), names
 
     def taken(self, step: int) -> bool:
-        """Whether probes were taken at a step."""
-        rows = metrics.read(self.rows.path) if self.rows.path.exists() else []
-        return any(row.get("step") == step for row in rows)
+        """Whether probes were taken at a step, as the first process finds: it alone writes that down."""
+        rows = metrics.read(self.rows.path) if self.engine.rank == 0 and self.rows.path.exists() else []
+        return distributed.told("yes" if any(row.get("step") == step for row in rows) else "no") == "yes"
 
     @torch.no_grad()
     def measure(self, names: Sequence[str], note: Callable[[str], object]) -> None:
         """Take probes and record them; training mode is restored.
 
+        Every process takes them, on the same weights and data, as one that waited would look dead; the first records.
+
         Args:
             names: which.
             note: told what was left out.
         """
-        if not names or self.engine.rank != 0:
+        if not names:
             return
-        modules = list(self.engine.model.modules().values())
-        for module in modules:
-            module.eval()
-        tokenizer, bench = self._tokenizer()
-        with self.stopping.resting():
-            probes = {n: self.probes[n] for n in names}
-            readings, left_out = evaluation.measured(tokenizer, probes, bench, self.generator(tokenizer))
-        for module in modules:
-            module.train()
+        with self.engine.whole() as (model, average):
+            modules = list(model.modules().values())
+            for module in modules:
+                module.eval()
+            tokenizer, bench = self._tokenizer(model)
+            with self.stopping.resting():
+                probes = {n: self.probes[n] for n in names}
+                generator = self.generator(tokenizer, average)
+                readings, left_out = evaluation.measured(tokenizer, probes, bench, generator)
+            for module in modules:
+                module.train()
+        if self.engine.rank != 0:
+            return
         step = self.engine.steps_done
         for reading in readings:
             self.rows.append({"step": step, **evaluation.as_row(reading)})
@@ -86,7 +93,8 @@ class Measuring:
             return {}
         if model.generator is not None:  # which saw the latent as the bottleneck normalises it
             channels = model.spec.channels
-            own = digest(module_state(model)["tokenizer"])
+            with self.engine.whole() as (whole, _):
+                own = digest(module_state(whole)["tokenizer"])
             return {
                 "mean": torch.zeros(channels),
                 "std": torch.ones(channels),
@@ -98,20 +106,20 @@ class Measuring:
     @torch.no_grad()
     def computed(self) -> dict[str, Tensor]:
         """Statistics of the latent as it is, over the data that probes look at."""
-        modules = list(self.engine.model.tokenizer_modules().values())
-        before = [module.training for module in modules]
-        for module in modules:
-            module.eval()
-        with self.stopping.resting():
-            found = latent_statistics(*self._tokenizer())
-        for module, mode in zip(modules, before, strict=True):
-            module.train(mode)
+        with self.engine.whole() as (model, _):
+            modules = list(model.tokenizer_modules().values())
+            before = [module.training for module in modules]
+            for module in modules:
+                module.eval()
+            with self.stopping.resting():
+                found = latent_statistics(*self._tokenizer(model))
+            for module, mode in zip(modules, before, strict=True):
+                module.train(mode)
         return found
 
-    def generator(self, tokenizer: Tokenizer) -> Generator | None:
+    def generator(self, tokenizer: Tokenizer, average: nn.Module | None) -> Generator | None:
         """The live generator, its average where there is one; None where there is none."""
-        model, average = self.engine.model, self.engine.average.modules.get("generator")
-        if model.generator is None:
+        if self.engine.model.generator is None:
             return None
         hooks = dict(self.engine.plugins.list_name_plugin())
         kept = {
@@ -128,10 +136,11 @@ class Measuring:
         device = str(self.engine.device)
         return None if weak is None else Generator.from_pretrained(weak, device=device).network
 
-    def _tokenizer(self) -> tuple[Tokenizer, Bench]:
-        """The live modules as a tokenizer, and the data beside it."""
-        tokenizer = Tokenizer(self.engine.model, {**self.exporters, **self.engine.model.objectives})
-        return tokenizer, Bench(tokenizer, self.dataset, device=self.engine.device)
+    def _tokenizer(self, model: Model) -> tuple[Tokenizer, Bench]:
+        """The modules as a tokenizer, and the data beside it."""
+        tokenizer = Tokenizer(model, {**self.exporters, **model.objectives})
+        device, pause = self.engine.device, self.stopping.pause
+        return tokenizer, Bench(tokenizer, self.dataset, device=device, pause=pause)
 
 
 def summaries(readings: Sequence[Reading]) -> list[str]:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vtp_core import distributed, shards
 from vtp_core.errors import StackFault
 from vtp_core.options import Optim, steps_of
 
@@ -33,6 +34,8 @@ def rate_at(step: int, steps: int, optim: Optim) -> float:
 class Optimizers:
     """One optimizer per kind in use; its groups carry the owner's name.
 
+    Of a parameter that is dealt over processes it moves the rows that this process holds, as plain tensors.
+
     Args:
         owners: owner -> named trainable parameters.
         settings: owner -> its ``optim``.
@@ -45,21 +48,31 @@ class Optimizers:
         self.steps = steps
         self.settings = settings
         self.owners = {owner: list(named.values()) for owner, named in owners.items() if named}
+        self._moved = {id(p): shards.local(p) for p in self.parameters()}
+        self._dealt = any(map(shards.is_shard, self.parameters()))
         self._names = {
-            id(p): f"{owner}.{name}" for owner, named in owners.items() for name, p in named.items()
+            f"{owner}.{name}": p for owner, named in owners.items() for name, p in named.items()
         }
         groups: dict[str, list[dict[str, Any]]] = {}
         for owner, named in owners.items():
             if named:
-                groups.setdefault(settings[owner].use, []).extend(_groups(owner, named, settings[owner]))
+                moved = {name: self._moved[id(p)] for name, p in named.items()}
+                groups.setdefault(settings[owner].use, []).extend(_groups(owner, moved, settings[owner]))
         self.optimizers = {use: _optimizer(use, found) for use, found in groups.items()}
 
     def parameters(self) -> list[nn.Parameter]:
         """Every parameter, in one fixed order."""
         return [parameter for parameters in self.owners.values() for parameter in parameters]
 
+    def average(self) -> None:
+        """Average the gradients over processes, of what each of them holds whole; FSDP2 has averaged the others."""
+        distributed.average_gradients([p for p in self.parameters() if not shards.is_shard(p)])
+
     def step(self, step: int) -> None:
         """Set the rates of ``step`` and update; gradients are dropped after."""
+        for parameter in self.parameters() if self._dealt else ():
+            moved = self._moved[id(parameter)]
+            moved.grad = None if parameter.grad is None else shards.local(parameter.grad)
         for optimizer in self.optimizers.values():
             for group in optimizer.param_groups:
                 group["lr"] = rate_at(step, self.steps, self.settings[group["owner"]])
@@ -69,19 +82,26 @@ class Optimizers:
     def clear(self) -> None:
         """Drop every gradient."""
         for parameter in self.parameters():
-            parameter.grad = None
+            parameter.grad = self._moved[id(parameter)].grad = None
 
     def rates(self, step: int) -> dict[str, float]:
         """Owner -> learning rate of a step."""
         return {owner: rate_at(step, self.steps, self.settings[owner]) for owner in self.owners}
 
     def norms(self) -> dict[str, Tensor]:
-        """Owner -> L2 norm of its gradient, float32 0-d."""
-        found = {}
+        """Owner -> L2 norm of its gradient over all processes, 0-d; the same on each of them."""
+        found, rows = {}, {}
         for owner, parameters in self.owners.items():
             grads = [p.grad for p in parameters if p.grad is not None]
+            whole = [grad for grad in grads if not shards.is_shard(grad)]
+            if len(whole) < len(grads):
+                rows[owner] = _norm([shards.local(grad) for grad in grads if shards.is_shard(grad)]).square()
             if grads:
-                found[owner] = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))
+                found[owner] = _norm(whole) if whole else torch.zeros_like(rows[owner])
+        if rows:
+            means = distributed.mean_over_processes(torch.stack(list(rows.values())))
+            for owner, square in zip(rows, means * distributed.world_size(), strict=True):
+                found[owner] = (found[owner].square() + square).sqrt()
         return found
 
     @torch.no_grad()
@@ -90,17 +110,19 @@ class Optimizers:
         if limit is None or not norms:
             return
         whole = torch.linalg.vector_norm(torch.stack(list(norms.values())))
-        grads = [p.grad for p in self.parameters() if p.grad is not None]
+        grads = [shards.local(p.grad) for p in self.parameters() if p.grad is not None]
         torch._foreach_mul_(grads, (limit / (whole + 1e-6)).clamp(max=1.0).to(grads[0].dtype))
 
     def state(self) -> dict[str, Tensor]:
-        """Optimizer tensors by ``use/owner.parameter/entry``."""
+        """Optimizer tensors by ``use/owner.parameter/entry``, as this process holds them."""
+        named = {id(self._moved[id(p)]): (name, p) for name, p in self._names.items()}
         tensors = {}
         for use, optimizer in self.optimizers.items():
-            for parameter, entries in optimizer.state.items():
+            for moved, entries in optimizer.state.items():
+                name, parameter = named[id(moved)]
                 for entry, value in entries.items():
                     if value is not None:
-                        tensors[f"{use}/{self._names[id(parameter)]}/{entry}"] = torch.as_tensor(value)
+                        tensors[f"{use}/{name}/{entry}"] = _as_held(parameter, moved, torch.as_tensor(value))
         return tensors
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
@@ -109,20 +131,33 @@ class Optimizers:
         Raises:
             StackFault: the tensors are of other optimizers or parameters.
         """
-        parameters = {self._names[id(p)]: p for p in self.parameters()}
         for optimizer in self.optimizers.values():
             optimizer.state.clear()
-        for key, value in tensors.items():
+        for key in tensors:
             use, _, rest = key.partition("/")
             name, _, entry = rest.rpartition("/")
-            if use not in self.optimizers or name not in parameters:
+            if use not in self.optimizers or name not in self._names:
                 raise StackFault(
                     f"the checkpoint has optimizer state {key!r}, which the stack does not train"
                 )
-            self.optimizers[use].state[parameters[name]][entry] = value.to(parameters[name].device, copy=True)
+            parameter = self._names[name]
+            value = shards.local(shards.held(parameter, tensors, key))
+            self.optimizers[use].state[self._moved[id(parameter)]][entry] = value.to(parameter.device, copy=True)
 
 
-def _groups(owner: str, named: Mapping[str, nn.Parameter], optim: Optim) -> Iterable[dict[str, Any]]:
+def _norm(grads: list[Tensor]) -> Tensor:
+    """L2 norm of several tensors, 0-d."""
+    norm: Tensor = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))
+    return norm
+
+
+def _as_held(parameter: Tensor, moved: Tensor, value: Tensor) -> Tensor:
+    """An optimizer's tensor: dealt as its parameter is, if it has a number for each of the parameter's."""
+    dealt = shards.is_shard(parameter) and value.shape == moved.shape
+    return shards.alike(parameter, value) if dealt else value
+
+
+def _groups(owner: str, named: Mapping[str, Tensor], optim: Optim) -> Iterable[dict[str, Any]]:
     """Matrices decay; vectors and tokens don't."""
     decayed = [p for n, p in named.items() if p.ndim > 1 and not n.endswith(_UNDECAYED)]
     spared = [p for n, p in named.items() if p.ndim <= 1 or n.endswith(_UNDECAYED)]

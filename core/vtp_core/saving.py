@@ -8,6 +8,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from vtp_core import distributed
 from vtp_core.errors import DataFault, NonFinite, StorageFault
 from vtp_core.run import checkpoint
 from vtp_core.run.directory import RunDirectory
@@ -36,13 +37,15 @@ class Saver:
         self._failures = 0
 
     def newest(self) -> Path | None:
-        """The newest valid checkpoint; None for a run that never wrote one.
+        """The newest valid checkpoint; None for a run that never wrote one. Every process calls this.
 
         Raises:
             DataFault: all that were written are broken.
         """
         folder = self.directory.checkpoints
-        found = checkpoint.latest(folder)
+        first = distributed.rank() == 0  # which hashes them, and tells the others
+        name = distributed.told(getattr(checkpoint.latest(folder), "name", "") if first else None)
+        found = folder / name if name else None
         if found is not None:
             self.saved = checkpoint.step_of(found)
         elif self.directory.finished or any(folder.glob("step-*")):
@@ -51,7 +54,7 @@ class Saver:
         return found
 
     def save(self, parts: Mapping[str, Mapping[str, Tensor]], step: int, last: bool = False) -> None:
-        """Write the checkpoint of ``step``.
+        """Write the checkpoint of ``step``; every process calls this, and it ends alike on all of them.
 
         Raises:
             StorageFault: it could not be written, and neither could those before it; with ``last`` at once.
@@ -78,7 +81,7 @@ class Saver:
         owners = sorted({entry.distribution for entry in registry.entries()})
         named = [owner.removesuffix(_FILE) for owner in owners if owner.endswith(_FILE)]
         files = [word for path in named for word in ("--plugin", path)]
-        resume = shlex.join(["vtp", "resume", run, *files])
+        resume = shlex.join([*distributed.command(), "resume", run, *files])
         if isinstance(fault, NonFinite):
             return f"as it is, a resumed run would repeat it; change {run}/stack.yaml before: {resume}"
         if self.saved is None:

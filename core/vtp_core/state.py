@@ -8,10 +8,12 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from vtp_core import shards
 from vtp_core.blueprint import Blueprint
 from vtp_core.build import Model, tokenizer_only
 from vtp_core.errors import PluginFault, StackFault
 from vtp_core.planner import LATENT, family
+from vtp_core.run.saved import under
 from vtp_core.teacher import EMATeacher
 
 Parts = Mapping[str, Mapping[str, Tensor]]
@@ -19,7 +21,7 @@ _ALIGNMENT = 64  # bytes
 
 
 def module_state(model: Model) -> dict[str, dict[str, Tensor]]:
-    """``tokenizer``, ``generator``, ``modules/<name>``, ``objectives/<name>``.
+    """``tokenizer``, ``generator``, ``modules/<name>``, ``objectives/<name>``, as this process holds them.
 
     A module with several users is saved once.
     """
@@ -86,8 +88,7 @@ def load_tokenizer(model: Model, tensors: Mapping[str, Tensor], assign: bool = F
         assign: put the tensors themselves into the modules, in the modules' dtypes.
     """
     for name, module in model.tokenizer_modules().items():
-        prefix = f"{name}."
-        own = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+        own = under(tensors, f"{name}.")
         if assign:
             dtypes = {key: value.dtype for key, value in module.state_dict().items()}
             own = {key: _aligned(value.to(dtypes.get(key, value.dtype))) for key, value in own.items()}
@@ -103,7 +104,8 @@ def _fill(
     module: nn.Module, tensors: Mapping[str, Tensor], where: str, strict: bool = True, assign: bool = False
 ) -> tuple[list[str], list[str]]:
     try:
-        found = module.load_state_dict(dict(tensors), strict=strict, assign=assign)
+        given = shards.dealt(module.state_dict(), tensors)
+        found = module.load_state_dict(dict(given), strict=strict, assign=assign)
         return list(found.missing_keys), list(found.unexpected_keys)
     except RuntimeError as error:
         lines = str(error).splitlines()[:20]

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from vtp_core.errors import DataFault
+from vtp_core.shards import whole
 
 if TYPE_CHECKING:
     from vtp_core.tokenizer import Tokenizer
@@ -67,7 +68,7 @@ def hashed(tensors: Mapping[str, Tensor]) -> Tensor:
     """sha256 over all tensors, (32,) uint8, as :func:`digest` takes it."""
     total = hashlib.sha256()
     for name in sorted(tensors):
-        tensor = tensors[name].detach()
+        tensor = whole(tensors[name]).detach()
         tensor = tensor.to("cpu", torch.float32 if tensor.is_floating_point() else tensor.dtype).contiguous()
         total.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
         if tensor.numel():

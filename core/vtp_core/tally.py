@@ -35,6 +35,11 @@ class Tally:
         else:
             self._numbers[name] = self._numbers.get(name, 0.0) + value
 
+    def own(self) -> dict[str, float]:
+        """What this process noted, without the others; costs a synchronisation."""
+        tensors = {name: float(value) for name, value in self._tensors.items()}
+        return {name: value / self.micros for name, value in (tensors | self._numbers).items()}
+
     def read(self, norms: Mapping[str, Tensor] | None = None) -> dict[str, float]:
         """Everything noted, and ``norms`` as they are; the only synchronisation of a step."""
         numbers = {name: value / self.micros for name, value in self._numbers.items()}

@@ -9,6 +9,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from vtp_core import shards
+from vtp_core.run.saved import under
+
 
 def momentum_at(share: float, bounds: tuple[float, float]) -> float:
     """Momentum by cosine from ``bounds[0]`` to ``bounds[1]`` over the run (DINOv2)."""
@@ -26,23 +29,23 @@ class EMATeacher:
     def __init__(self, modules: Mapping[str, nn.Module]) -> None:
         copies: dict[int, nn.Module] = {}
         self.modules: dict[str, nn.Module] = {}
-        self._teacher: list[Tensor] = []
-        self._student: list[Tensor] = []
-        self._buffers: list[tuple[Tensor, Tensor]] = []
+        self._pairs: list[tuple[nn.Module, nn.Module]] = []  # copy and original
         for name, module in modules.items():
             if id(module) not in copies:
-                copies[id(module)] = self._copy(module)
+                copies[id(module)] = _copied(module)
+                self._pairs.append((copies[id(module)], module))
             self.modules[name] = copies[id(module)]
+        self.bind()
 
-    def _copy(self, module: nn.Module) -> nn.Module:
-        twin = copy.deepcopy(module).requires_grad_(False).eval()
-        for parameter in twin.parameters():
-            if parameter.dtype in {torch.bfloat16, torch.float16}:
-                parameter.data = parameter.data.float()  # a bf16 average does not move
-        self._teacher += list(twin.parameters())
-        self._student += list(module.parameters())
-        self._buffers += zip(twin.buffers(), module.buffers(), strict=True)
-        return twin
+    def bind(self) -> None:
+        """Find the tensors that move: all weights, or the rows of them that this process holds."""
+        self._teacher = [shards.local(p) for twin, _ in self._pairs for p in twin.parameters()]
+        self._student = [shards.local(p) for _, module in self._pairs for p in module.parameters()]
+        self._buffers = [
+            buffers
+            for twin, module in self._pairs
+            for buffers in zip(twin.buffers(), module.buffers(), strict=True)
+        ]
 
     @torch.no_grad()
     def update(self, momentum: float, buffers: bool = False) -> None:
@@ -81,7 +84,13 @@ class EMATeacher:
         for name, module in self.modules.items():
             if id(module) not in seen:
                 seen.add(id(module))
-                prefix = f"{name}."
-                module.load_state_dict(
-                    {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-                )
+                own = shards.dealt(module.state_dict(), under(tensors, f"{name}."))
+                module.load_state_dict(dict(own))
+
+
+def _copied(module: nn.Module) -> nn.Module:
+    twin = copy.deepcopy(module).requires_grad_(False).eval()
+    for parameter in twin.parameters():
+        if parameter.dtype in {torch.bfloat16, torch.float16}:
+            parameter.data = parameter.data.float()  # a bf16 average does not move
+    return twin

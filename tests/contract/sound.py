@@ -57,7 +57,14 @@ class Sound(Objective):
             self.pending[name] = self.pending.get(name, 0) + value
         each = (wide(self.head(got["student"][self.on])) - (scores - self.centre)).square().mean(-1)  # (M,)
         each = each * (1 + 0.1 * clock.normal("scale", 4)[0].to(each) * 0)
-        return {"match": each.sum() * clock.world / clock.total(torch.tensor(float(len(each))))}
+        return {"match": self.mean(each, got["student"], clock)}
+
+    def mean(self, each: Tensor, student: Outputs, clock: Clock) -> Tensor:
+        """Every crop weighs one, however many of its places are masked."""
+        mask = student.mask
+        assert mask is not None
+        share = (mask / mask.sum(-1, keepdim=True).clamp(min=1))[mask]  # (M,)
+        return (each * share).sum() / mask[..., 0].numel()
 
     def settle(self, clock: Clock) -> None:
         self.centre.lerp_(
@@ -68,6 +75,15 @@ class Sound(Objective):
     def score(self, x: Tensor) -> Tensor:
         scores: Tensor = self.head(x)
         return scores
+
+
+class Counting(Sound):
+    """Every masked place weighs one: a row's weight depends on how many the others have."""
+
+    coupled = True
+
+    def mean(self, each: Tensor, student: Outputs, clock: Clock) -> Tensor:
+        return each.sum() * clock.world / clock.total(torch.tensor(float(len(each))))
 
 
 def wide(x: Tensor) -> Tensor:
@@ -152,6 +168,14 @@ class Number(Plain):
     def settle(self, clock: Clock) -> None:
         self.level = float(self.level) + 1.0
         Objective.settle(self, clock)
+
+
+class Steps(Fool):
+    """Its critic's level moves with every call, of which there are more with micro-batches."""
+
+    def critique(self, got: Got, clock: Clock) -> dict[str, Tensor]:
+        self.pending["calls"] = self.pending.get("calls", torch.zeros(())) + 1
+        return {"real": (wide(self.critic(got["x"]["cls"])) * self.pending["calls"]).square().mean()}
 
 
 class Last(Sound):

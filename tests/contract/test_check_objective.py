@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from sound import (
+    Counting,
     Fool,
     Got,
     Last,
@@ -17,6 +18,7 @@ from sound import (
     Plain,
     Rows,
     Sound,
+    Steps,
     Unsaved,
     broken,
     built,
@@ -41,6 +43,7 @@ def test_sound_objectives_pass() -> None:
     check_objective(Sound)
     check_objective(Sound, on="latent")
     check_objective(Sound, Spec(size=(16, 24), patch=(4, 4), width=8, channels=2))
+    check_objective(Counting)
     check_objective(Rows)
     check_objective(Fool)
     assert torch.equal(torch.get_rng_state(), state)
@@ -62,8 +65,9 @@ def test_every_kind_of_output_can_be_faked() -> None:
             self.needs["codes"] = Need("image", {"indices", "posterior"})
 
         def forward(self, got: Got, clock: Clock) -> dict[str, Tensor]:
-            assert got["label"]["input"].shape == (8 // clock.world,)
-            assert len(got["text"]["input"]) == 8 // clock.world
+            rows = 8 // (clock.world * clock.micros)  # type: ignore[attr-defined]
+            assert got["label"]["input"].shape == (rows,)
+            assert len(got["text"]["input"]) == rows
             assert got["teacher:lite0"]["patches"].shape[-1] == 6
             assert got["generator"]["hidden:3"].shape[-1] == 12
             assert got["student"]["decoded"].shape == got["image"]["input"].shape
@@ -157,6 +161,28 @@ BROKEN: list[tuple[Any, str]] = [
     (
         broken("Gathers", loss=lambda self, x, clock: unlike(clock.gather(x.transpose(0, 1)))),
         "forward gathers rows, so the loss couples them; set self.coupled = True",
+    ),
+    (
+        broken("Pairs", Counting, coupled=False),
+        "term 'match' of four micro-batches does not average to that of one; return a mean over rows; where "
+        "rows weigh by what the others have, as by a count that varies, set self.coupled = True",
+    ),
+    (
+        broken("Own", Counting, mean=lambda self, each, student, clock: each.mean()),
+        "term 'match' of two processes does not average to that of one",
+    ),
+    (
+        broken("Pair", loss=lambda self, x, clock: x.square().mean() * (1 + (clock.world > 2))),
+        "term 'loss' of four processes does not average to that of one",
+    ),
+    (Steps, "term 'critic_real' of four micro-batches does not average to that of one"),
+    (
+        broken(
+            "CriticSum",
+            Fool,
+            critique=lambda self, got, clock: {"real": wide(self.critic(got["x"]["cls"])).square().sum()},
+        ),
+        "term 'critic_real' of two processes does not average to that of one",
     ),
     (
         broken(

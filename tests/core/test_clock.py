@@ -4,7 +4,11 @@ import math
 
 import pytest
 import torch
+from pool import Pool
 
+from benchmarks.distributed import batch_of, engine_of
+from benchmarks.distributed_cases import cases
+from vtp_core.agreement import hashes
 from vtp_core.clock import StepClock, keyed
 from vtp_plugins.clock import Clock
 
@@ -52,9 +56,65 @@ def test_streams_differ_by_seed_step_instance_and_name() -> None:
     for other in [*others, StepClock().normal("y", 64)]:
         assert not torch.equal(base, other)
     assert torch.equal(base, StepClock().normal("x", 64))
-    keys = {keyed(0, step, name, "noise") for step in range(1000) for name in ("a", "b", "a/b")}
-    assert len(keys) == 3000
     assert keyed("a/b", "c") != keyed("a", "b/c")
+
+
+def test_the_keys_of_a_hundred_thousand_draws_are_distinct() -> None:
+    instances = [
+        f"{view}/{who}" for view in ("image", "global") for who in ("encoder", "dino", "dino#1", "gan")
+    ]
+    keys = {
+        StepClock(seed=seed, step=step).of(instance)._key(name)
+        for seed in range(2)
+        for step in range(2100)
+        for instance in instances
+        for name in ("noise", "u", "drop_path")
+    }
+    assert len(keys) == 2 * 2100 * len(instances) * 3 > 100_000
+
+
+def test_no_two_draws_of_a_step_share_a_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor do objectives; a forward that several of them read draws once, for all."""
+    drawn: dict[int, set[tuple[int, str, str]]] = {}
+    key_of = StepClock._key
+
+    def noted(clock: StepClock, name: str) -> int:
+        drawn.setdefault(key_of(clock, name), set()).add((clock.step, clock.instance, name))
+        return key_of(clock, name)
+
+    monkeypatch.setattr(StepClock, "_key", noted)
+    for name in (
+        "vtp with a generator",
+        "gan: group norm, r1, lecam, diffaug, after, reuse",
+        "align: repa-e",
+    ):
+        drawn.clear()
+        engine = engine_of(cases()[name])
+        for step in range(2):
+            engine.step(batch_of(engine, step))
+        assert all(len(places) == 1 for places in drawn.values())
+        steps = [
+            {(i, n) for places in drawn.values() for s, i, n in places if s == step} for step in range(2)
+        ]
+        assert steps[0] == steps[1] and len(drawn) == 2 * len(steps[0]) > 4
+
+
+def initial() -> tuple[dict[str, int], torch.Tensor]:
+    """Hashes of the weights that a stack begins with, and this process's draws."""
+    engine = engine_of(cases()["vtp with a generator"], precision="float32")
+    weights = {f"{p}/{k}": int(hashes([v])[0]) for p, own in engine.state().items() for k, v in own.items()}
+    return weights, engine._clock(0).of("any").normal("noise", 4, 3)
+
+
+def test_processes_begin_alike_and_draw_apart_and_so_they_do_again(two: Pool) -> None:
+    weights, draws = initial()
+    (first, ours), (second, theirs) = two(initial)
+    assert first == second == weights
+    assert not torch.isin(ours, theirs).any()
+    assert torch.equal(draws[0], ours[0]) and torch.equal(draws[1], theirs[0])  # rows of one global batch
+    for (again, same), before in zip(two(initial), (ours, theirs), strict=True):
+        assert again == weights
+        assert torch.equal(same, before)
 
 
 def test_draws_follow_their_laws() -> None:

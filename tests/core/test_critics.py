@@ -177,9 +177,7 @@ def test_a_critic_accumulates_like_everything_else(source: str) -> None:
     assert rows[0][1]["fool/critic_fake"] == pytest.approx(rows[1][1]["fool/critic_fake"], rel=1e-12)
 
 
-def test_a_critic_that_goes_first_cannot_accumulate() -> None:
-    with pytest.raises(StackFault, match=r"order 'before' needs train.accumulate=1"):
-        engine_of({"fool": {"critic": {"order": "before"}}}, train={"accumulate": 2})
+def test_a_critic_that_goes_first_cannot_wait_for_fresh_input() -> None:
     with pytest.raises(StackFault, match="input 'fresh' goes with order 'after'"):
         engine_of({"fool": {"critic": {"order": "before", "input": "fresh"}}})
 

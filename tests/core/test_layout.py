@@ -18,11 +18,6 @@ def test_a_weight_for_a_term_that_is_not_there_is_an_error() -> None:
         engine.step(batch_of(engine))
 
 
-def test_accumulation_is_refused_for_objectives_that_couple_rows() -> None:
-    with pytest.raises(StackFault, match=r"objectives.contrast couples the rows of a batch"):
-        engine_of({"contrast": {}}, train={"accumulate": 2})
-
-
 def test_rows_that_do_not_divide_are_an_error_with_the_nearest_sizes() -> None:
     with pytest.raises(
         StackFault, match=r"0.25 x data.batch_size 10 = 2.5 rows.*use data.batch_size=8 or 12"

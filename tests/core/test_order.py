@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pickle
+
 import numpy as np
 import pytest
 
@@ -43,6 +45,11 @@ def test_windows_visit_every_sample_once_and_stay_near_few_shards() -> None:
     assert list(epoch) == list(order.Windows(counts, 1, 0, window=2))
     assert list(epoch) != list(order.Windows(counts, 1, 1, window=2))
     assert epoch[3:6] == [epoch[3], epoch[4], epoch[5]]
+
+
+def test_an_order_travels_to_another_process() -> None:
+    epoch = order.Windows([5, 9, 1], 1, 0, window=2)
+    assert list(pickle.loads(pickle.dumps(epoch))) == list(epoch)
 
 
 def test_a_window_mixes_its_shards() -> None:

@@ -101,9 +101,9 @@ class Distil(Objective):
 
 
 class Masked(Objective):
-    """iBOT-like: the same at masked places, whose number varies by row and process."""
+    """iBOT-like: the same at masked places, whose number varies by row and process, and so couples rows."""
 
-    shadow = ("head",)
+    shadow, coupled = ("head",), True
 
     def __init__(
         self, spec: Spec, *, head: nn.Module | None = None, crops: int = 2, on: str = "patches"

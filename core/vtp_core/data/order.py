@@ -61,13 +61,16 @@ class Windows(Sequence[int]):
     """
 
     def __init__(self, counts: Sequence[int], seed: int, epoch: int, window: int = 8) -> None:
-        self._key = (seed, epoch)
+        self._key, self._arguments = (seed, epoch), (counts, seed, epoch, window)
         sizes = np.asarray(counts, dtype=np.int64)
         self._first = np.concatenate([[0], np.cumsum(sizes)])
         shards = shuffled(len(sizes), "shards", seed, epoch)
         self._groups = [shards[i : i + window] for i in range(0, len(shards), window)]
         self._ends = np.cumsum([int(sizes[group].sum()) for group in self._groups], dtype=np.int64)
         self._window = lru_cache(maxsize=2)(self._shuffle_window)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Windows, self._arguments  # for workers that are not forked; a cache does not travel
 
     def _shuffle_window(self, number: int) -> NDArray[np.int64]:
         members = [np.arange(self._first[s], self._first[s + 1]) for s in self._groups[number]]

@@ -75,6 +75,11 @@ class Shards:
     def __len__(self) -> int:
         return self._ends[-1]
 
+    @property
+    def shards(self) -> list[tuple[str, int]]:
+        """Name and samples of each shard, as the manifest has them."""
+        return [(s.name, len(rows)) for (_, s), rows in zip(self._shards, self._ranges, strict=True)]
+
     def __getitem__(self, index: int) -> dict[str, Any]:
         if not 0 <= index < len(self):
             raise IndexError(f"{len(self)} samples, no sample {index}")

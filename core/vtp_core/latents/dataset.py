@@ -133,6 +133,11 @@ class Latents:
     def __len__(self) -> int:
         return self._ends[-1]
 
+    @property
+    def shards(self) -> list[tuple[str, int]]:
+        """Name and samples of each shard, as the manifest has them."""
+        return [(shard.name, shard.samples) for shard in self.manifest.shards]
+
     def __getitem__(self, index: int) -> dict[str, Any]:
         return self._sample(index, mirrored=False)
 

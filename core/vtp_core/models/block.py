@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, cast
+from typing import ClassVar, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -168,7 +168,12 @@ class Block(nn.Module):
     """x + attention(norm x), then x + ffn(norm x).
 
     Drop-path computes a branch on the kept rows only and scales it by the inverse of their expected share.
+
+    Attributes:
+        entries: methods that compute it, for who recomputes or shards it.
     """
+
+    entries: ClassVar[tuple[str, ...]] = ("forward", "read")
 
     def __init__(
         self,

@@ -33,6 +33,7 @@ class Bench:
         memory: bytes of signals, and as many of reconstructions, that are kept between probes; beyond
             them they are made again.
         device: where batches go; without it the tokenizer's.
+        pause: called with every batch that is handed out, as a place where a run may stop.
     """
 
     def __init__(
@@ -45,8 +46,9 @@ class Bench:
         batch_size: int = 128,
         memory: int = 512 * 2**20,
         device: torch.device | str | None = None,
+        pause: Callable[[], object] = lambda: None,
     ) -> None:
-        self.tokenizer, self._make = tokenizer, dataset
+        self.tokenizer, self._make, self._pause = tokenizer, dataset, pause
         self._view: View = view or centre(tokenizer.spec)
         self._limit, self._batch, self._memory = limit, batch_size, memory
         self._device = torch.device(device or tokenizer.device)
@@ -77,6 +79,7 @@ class Bench:
 
     def images(self, split: str) -> Iterator[Tensor]:
         for signals in self._stream(split):
+            self._pause()
             yield _displayed(signals.to(self._device))
 
     def reconstructions(self, split: str) -> Iterator[tuple[Tensor, Tensor]]:
@@ -86,6 +89,7 @@ class Bench:
         if split not in self._decoded:
             self._decoded[split] = _Kept(lambda i: self._decode(signals[i]), len(signals), self._memory)
         for i, decoded in enumerate(self._decoded[split]):
+            self._pause()
             yield _displayed(signals[i].to(self._device)), decoded.to(self._device)
 
     def features(self, split: str) -> dict[str, Any]:

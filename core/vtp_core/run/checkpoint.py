@@ -3,6 +3,9 @@
 ``step-00000250/`` holds one safetensors file per part, ``state.json`` and ``manifest.json``. It is
 written under another name, fsynced and renamed, so a process killed at any moment leaves valid
 checkpoints and perhaps a ``.tmp-`` folder, which :func:`clean` removes.
+
+Where processes hold rows of a part's tensors (``parallel: fsdp2``), each writes its own into
+``<part>.rank-00001-of-00004.safetensors``; whoever reads gets whole tensors, or any rows of them.
 """
 
 from __future__ import annotations
@@ -11,22 +14,22 @@ import json
 import logging
 import re
 import shutil
-import tempfile
 from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
+from vtp_core import distributed
 from vtp_core.errors import StorageFault
-from vtp_core.run import manifest
-from vtp_core.run.files import PARTIAL, read, reason, refuse_symlink, sync_folder
+from vtp_core.run import manifest, writing
+from vtp_core.run.files import PARTIAL, read, reason
+from vtp_core.run.saved import Saved
+from vtp_core.run.writing import ASIDE, remove
 
 _log = logging.getLogger(__name__)
-_ASIDE = ".old-"  # a checkpoint that its own successor is about to replace
 _FOLDER = re.compile(r"step-(\d{8,})")
 
 Parts = dict[str, dict[str, Tensor]]
@@ -39,47 +42,30 @@ def save(
     state: Mapping[str, Any],
     keep: int | None = None,
 ) -> Path:
-    """Write the checkpoint of ``step`` and forget the oldest ones.
+    """Write the checkpoint of ``step`` and forget the oldest ones; every process of a run calls this.
 
     Args:
         folder: ``checkpoints/`` of the run; made if absent.
         step: optimizer steps taken.
-        parts: tensors by name, by part; ``optimizer/encoder`` becomes ``optimizer.encoder.safetensors``.
+        parts: tensors by name, by part; ``optimizer/encoder`` becomes ``optimizer.encoder.safetensors``. What all
+            processes hold alike is written by the first, rows by whoever holds them.
         state: whatever else resuming needs, JSON-able with string keys; tuples come back as lists.
         keep: how many valid checkpoints stay; None keeps all.
 
     Raises:
-        StorageFault: the disk is full or refuses; every older checkpoint is still valid.
+        StorageFault: the disk of any process is full or refuses; every older checkpoint is still valid.
     """
     final = folder / f"step-{step:08d}"
-    files = _file_names(parts)
-    temporary: Path | None = None
     try:
-        refuse_symlink(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        mode = folder.stat().st_mode
-        temporary = Path(tempfile.mkdtemp(prefix=f"{PARTIAL}{final.name}-", dir=folder))
-        for part, name in files.items():
-            save_file(_plain(parts[part]), temporary / name, metadata={"format": "pt"})
-        (temporary / "state.json").write_text(json.dumps(state), encoding="utf-8")
-        entries = {
-            name: {"part": part, **manifest.seal(temporary / name, mode)} for part, name in files.items()
-        }
-        entries["state.json"] = manifest.seal(temporary / "state.json", mode)
-        temporary.chmod(mode & 0o777)
-        manifest.write(temporary, step, entries)
-        _publish(temporary, final)
+        writing.write(final, step, parts, state)
     except (OSError, SafetensorError, StorageFault) as error:
         older = "checkpoints written before are intact" if any(_numbered(folder)) else "there is no older one"
         raise StorageFault(
             f"the checkpoint of step {step} could not be written to {folder}: {reason(error)}\n"
             f"{older}; make room, then: vtp resume {folder.parent}"
         ) from error
-    finally:
-        if temporary is not None:
-            shutil.rmtree(temporary, ignore_errors=True)
     if keep is not None:
-        _prune(folder, keep, step)
+        writing.everywhere(lambda: _prune(folder, keep, step) if distributed.rank() == 0 else None)
     return final
 
 
@@ -96,19 +82,49 @@ def load(
     Raises:
         StorageFault: the checkpoint is broken, of a newer format, or lacks a part of ``only``.
     """
-    files = manifest.read(path)
-    named = {entry["part"]: name for name, entry in files.items() if "part" in entry}
+    files, named = manifest.read(path), _by_part(path)
     wanted = list(named) if only is None else list(only)
     if missing := [part for part in wanted if part not in named]:
         raise StorageFault(f"{path} has no part {missing[0]!r}; it has {', '.join(sorted(named))}")
-    for name in ["state.json", *(named[part] for part in wanted)]:
+    for name in ["state.json", *(name for part in wanted for name in named[part])]:
         manifest.check(path / name, files[name], verify)
     try:
-        parts = {part: load_file(path / named[part]) for part in wanted}
+        parts = {part: _whole(path, named[part]) for part in wanted}
         state: dict[str, Any] = json.loads(read(path / "state.json"))
     except (OSError, SafetensorError, ValueError) as error:
         raise manifest.broken(path, str(error)) from error
     return parts, state
+
+
+def _by_part(path: Path) -> dict[str, list[str]]:
+    """Names of each part's files."""
+    named: dict[str, list[str]] = {}
+    for name, entry in manifest.read(path).items():
+        if "part" in entry:
+            named.setdefault(entry["part"], []).append(name)
+    return named
+
+
+def _whole(path: Path, names: list[str]) -> dict[str, Tensor]:
+    """The tensors of one part, in the order of a part that one process wrote."""
+    if len(names) == 1:
+        return load_file(path / names[0])
+    saved = Saved([path / name for name in names])
+    return {name: saved[name] for name in sorted(saved)}
+
+
+def opened(path: Path) -> dict[str, Saved]:
+    """The parts of a checkpoint, of which nothing is read yet; who holds rows of a tensor reads no others.
+
+    Raises:
+        StorageFault: the checkpoint is broken or of a newer format. Sizes are compared; :func:`verify` hashes.
+    """
+    for name, entry in manifest.read(path).items():
+        manifest.check(path / name, entry, False)
+    try:
+        return {part: Saved([path / name for name in names]) for part, names in _by_part(path).items()}
+    except (OSError, SafetensorError, ValueError) as error:
+        raise manifest.broken(path, str(error)) from error
 
 
 def verify(path: Path) -> None:
@@ -148,14 +164,14 @@ def clean(folder: Path) -> list[str]:
     """Remove what a killed process left behind; returns the names. Call it once the run is locked."""
     removed = []
     for path in sorted(folder.iterdir()) if folder.is_dir() else []:
-        if path.name.startswith(_ASIDE):
-            final = folder / path.name.removeprefix(_ASIDE)
+        if path.name.startswith(ASIDE):
+            final = folder / path.name.removeprefix(ASIDE)
             if not final.exists():
                 path.rename(final)  # killed between the two renames of a replacement
                 continue
         elif not path.name.startswith(PARTIAL):
             continue
-        _remove(path)
+        remove(path)
         removed.append(path.name)
     return removed
 
@@ -175,42 +191,6 @@ def short_of_room(folder: Path, parts: Mapping[str, Mapping[str, Tensor]]) -> st
     if free >= 3 * need:
         return None
     return f"{folder} has {free / 2**20:,.0f} MiB free; a checkpoint takes about {need / 2**20:,.0f} MiB"
-
-
-def _file_names(parts: Mapping[str, object]) -> dict[str, str]:
-    names: dict[str, str] = {}
-    for part in parts:
-        name = quote(part.replace("/", "."), safe="") + ".safetensors"
-        if name in names.values():
-            raise ValueError(f"part {part!r}: another part is stored as {name} too; rename one")
-        names[part] = name
-    return names
-
-
-def _plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Dense CPU tensors of which no two share memory."""
-    plain: dict[str, Tensor] = {}
-    seen: set[int] = set()
-    for name, tensor in tensors.items():
-        tensor = tensor.detach().cpu().contiguous()
-        place = tensor.untyped_storage().data_ptr()
-        if tensor.numel() and place in seen:
-            tensor = tensor.clone()
-        seen.add(place)
-        plain[name] = tensor
-    return plain
-
-
-def _publish(temporary: Path, final: Path) -> None:
-    """Rename into place; a checkpoint of the same step is moved aside first, so one of them survives."""
-    sync_folder(temporary)
-    aside = final.with_name(_ASIDE + final.name)
-    if final.is_symlink() or final.exists():
-        _remove(aside)
-        final.rename(aside)
-    temporary.rename(final)
-    sync_folder(final.parent)
-    shutil.rmtree(aside, ignore_errors=True)  # if it stays, clean() takes it
 
 
 def _numbered(folder: Path) -> Iterator[tuple[int, Path]]:
@@ -248,14 +228,6 @@ def _looks_valid(path: Path) -> bool:
 def _discard(path: Path) -> None:
     """Remove a checkpoint: it disappears at once, its files a little later."""
     doomed = path.with_name(f"{PARTIAL}gone-{path.name}")
-    _remove(doomed)
+    remove(doomed)
     path.rename(doomed)
-    _remove(doomed)
-
-
-def _remove(path: Path) -> None:
-    """Remove a folder or whatever else has that name; a symlink is removed, not followed."""
-    if path.is_symlink() or path.is_file():
-        path.unlink()
-    elif path.exists():
-        shutil.rmtree(path)
+    remove(doomed)

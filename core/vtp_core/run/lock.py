@@ -21,7 +21,7 @@ class Lock:
     """Exclusive use of a run directory.
 
     ``flock`` decides on one machine, and the kernel drops it however its owner ends. The record (pid,
-    host, boot id, start of the process) names the owner to others, and decides where a network file
+    host, boot id, start of the process, torchrun's job) names the owner to others, and decides where a network file
     system knows no locks between machines.
 
     Args:
@@ -92,7 +92,8 @@ def _flock(handle: int) -> bool | None:
 
 def _own_record() -> dict[str, Any]:
     pid = os.getpid()
-    return {"pid": pid, "host": socket.gethostname(), "boot": _boot(), "started": _started(pid)}
+    host = socket.gethostname()
+    return {"pid": pid, "host": host, "boot": _boot(), "started": _started(pid), "job": _job()}
 
 
 def _record(handle: int) -> dict[str, Any]:
@@ -105,12 +106,24 @@ def _record(handle: int) -> dict[str, Any]:
 
 def _may_live(record: dict[str, Any], trust: bool) -> bool:
     """Whether the recorded owner may be alive; ``trust``: its lock was free, so on this machine it is not."""
-    if not record:
+    if not record or _of_an_earlier_attempt(record):
         return False
     if record.get("boot") == _boot():
         pid = record.get("pid")
         return not trust and isinstance(pid, int) and _started(pid) == record.get("started")
     return record.get("host") != socket.gethostname()
+
+
+def _of_an_earlier_attempt(record: dict[str, Any]) -> bool:
+    """Whether torchrun started the owner, and has started all processes of its job again since it died."""
+    again = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+    return again and _job() is not None and record.get("job") == _job()
+
+
+def _job() -> str | None:
+    """Name of torchrun's job, where it is its own."""
+    job = os.environ.get("TORCHELASTIC_RUN_ID", "none")
+    return None if job == "none" else job  # what torchrun calls a job that nobody named
 
 
 def _busy(path: Path, record: dict[str, Any]) -> str:

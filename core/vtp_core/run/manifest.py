@@ -14,7 +14,7 @@ from vtp_core.errors import StorageFault
 from vtp_core.run import files
 from vtp_core.run.files import open_plain, reason
 
-FORMAT = 1
+FORMAT = 2  # of a checkpoint that several processes wrote; that of one process has format 1
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 Entries = dict[str, dict[str, Any]]
@@ -30,8 +30,12 @@ def seal(path: Path, mode: int) -> dict[str, Any]:
 
 
 def write(folder: Path, step: int, entries: Entries) -> None:
-    """Write ``manifest.json`` of a checkpoint: entries as :func:`seal` makes them, with their ``part``."""
-    manifest = {"format": FORMAT, "step": step, "files": entries}
+    """Write ``manifest.json`` of a checkpoint: entries as :func:`seal` makes them, with their ``part``.
+
+    An entry of some rows only has a ``shard`` too; who reads format 1 does not know that such files belong together.
+    """
+    several = any("shard" in entry for entry in entries.values())
+    manifest = {"format": FORMAT if several else 1, "step": step, "files": entries}
     files.replace_json(folder / "manifest.json", {**manifest, "sha256": _digest(manifest)})
 
 
