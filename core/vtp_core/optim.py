@@ -50,9 +50,7 @@ class Optimizers:
         self.owners = {owner: list(named.values()) for owner, named in owners.items() if named}
         self._moved = {id(p): shards.local(p) for p in self.parameters()}
         self._dealt = any(map(shards.is_shard, self.parameters()))
-        self._names = {
-            f"{owner}.{name}": p for owner, named in owners.items() for name, p in named.items()
-        }
+        self._names = {f"{owner}.{name}": p for owner, named in owners.items() for name, p in named.items()}
         groups: dict[str, list[dict[str, Any]]] = {}
         for owner, named in owners.items():
             if named:
@@ -142,7 +140,9 @@ class Optimizers:
                 )
             parameter = self._names[name]
             value = shards.local(shards.held(parameter, tensors, key))
-            self.optimizers[use].state[self._moved[id(parameter)]][entry] = value.to(parameter.device, copy=True)
+            self.optimizers[use].state[self._moved[id(parameter)]][entry] = value.to(
+                parameter.device, copy=True
+            )
 
 
 def _norm(grads: list[Tensor]) -> Tensor:

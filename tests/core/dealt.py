@@ -76,13 +76,20 @@ def row_error(found: Found, alone: Found) -> float:
     return loss_error(found, alone, ("nothing",))
 
 
-def state_error(found: Found, alone: Found) -> float:
+def total_error(found: Found, alone: Found) -> float:
+    """The largest relative error of the loss of any step."""
+    pairs = zip(found["rows"], alone["rows"], strict=True)
+    return max(abs(ours["loss"] - theirs["loss"]) / abs(theirs["loss"]) for ours, theirs in pairs)
+
+
+def state_error(found: Found, alone: Found, besides: str = "nothing") -> float:
     """The largest relative error of a tensor of the state; one that is nearly zero counts by what it is off."""
     ours, theirs = found["state"], alone["state"]
     assert ours.keys() == theirs.keys(), ours.keys() ^ theirs.keys()
     return max(
         float((ours[k].double() - v.double()).norm() / v.double().norm().clamp(min=1e-3))
         for k, v in theirs.items()
+        if not k.startswith(besides)
     )
 
 

@@ -165,7 +165,8 @@ def test_the_table_of_the_docs_stays_within_15_percent(tmp_path: Path) -> None:
     memory.train(load_stack("vtp-tiny", [*memory.PLAIN, "train.steps=1", f"run.dir={source}"]))
     for case in memory.CASES:
         for row in memory.compared(case, source, str(tmp_path)):
-            assert abs(memory.error(row)) <= 0.15, row
+            assert memory.error(row) >= -0.15, row
+            assert memory.error(row) <= 0.15 or case.bound, row
 
 
 # ---- what depends on values

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from small import run, write_stack
 
 from vtp_core import attribution
-from vtp_core.run import checkpoint
+from vtp_core.run import checkpoint, writing
 from vtp_core.run.metrics import read
 
 Capture = pytest.CaptureFixture[str]
@@ -174,7 +174,7 @@ def test_a_folder_that_is_none_says_what_it_is(tmp_path: Path, capsys: Capture) 
 def test_a_full_disk_is_waited_out_and_then_ends_the_run(
     tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole, written = checkpoint.save_file, []
+    whole, written = writing.save_file, []
 
     def full(tensors: object, path: Path, **keys: object) -> None:
         written.append(path)
@@ -182,7 +182,7 @@ def test_a_full_disk_is_waited_out_and_then_ends_the_run(
             raise OSError(28, "No space left on device")
         whole(tensors, path, **keys)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(checkpoint, "save_file", full)
+    monkeypatch.setattr(writing, "save_file", full)
     changes = [*MUTE, f"run.dir={tmp_path / 'run'}", "train.checkpoint_every=1"]
     code, message = fault(capsys, "train", str(write_stack(tmp_path)), *changes)
     assert code == 7

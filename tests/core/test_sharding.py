@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from dealt import averaged, looked_at, loss_error, narrow, row_error, state_error, trained
+from dealt import averaged, looked_at, narrow, row_error, state_error, total_error, trained
 from pool import Pool
 
 alone = functools.cache(
@@ -90,10 +90,16 @@ STACKS = ["vtp", "vtp with a generator", "vtp with a gan", "vtp without coupled 
 @pytest.mark.parametrize("world", [2, 4])
 @pytest.mark.parametrize("name", STACKS)
 def test_thirty_steps_in_both_modes(two: Pool, four: Pool, name: str, world: int) -> None:
+    """Losses to 1e-5 and weights to 1e-4 in float32, everything to 1e-10 in float64.
+
+    Terms and momenta that cancel out to nearly zero have no relative error in float32: a critic's mean logit, the
+    gradient of a bias before a batch norm.
+    """
     pool = {2: two, 4: four}[world]
-    for precision, losses, weights in (("float32", 1e-5, 1e-4), ("float64", 1e-10, 1e-10)):
-        one = alone(name, 30, precision)
-        for train in ({}, {"parallel": "replicated"}, {"activation_checkpointing": True, "accumulate": 4}):
-            found = pool(trained, name, 30, {"precision": precision, **train}, timeout=600)[0]
-            assert loss_error(found, one) <= losses, train
-            assert state_error(found, one) <= weights, train
+    for train in ({}, {"parallel": "replicated"}, {"activation_checkpointing": True, "accumulate": 4}):
+        found = pool(trained, name, 30, {"precision": "float32", **train}, timeout=600)[0]
+        assert total_error(found, alone(name, 30, "float32")) <= 1e-5, train
+        assert state_error(found, alone(name, 30, "float32"), besides="optimizer") <= 1e-4, train
+        found = pool(trained, name, 30, {"precision": "float64", **train}, timeout=600)[0]
+        assert row_error(found, alone(name, 30)) <= 1e-10, train
+        assert state_error(found, alone(name, 30)) <= 1e-10, train

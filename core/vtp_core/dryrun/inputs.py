@@ -12,7 +12,8 @@ from vtp_core.forwards import Inputs
 from vtp_core.layout import Layout
 from vtp_plugins.protocols import Dataset
 
-_LONG = "a " * 4096
+LONG = "a " * 4096
+"""A caption that fills any context."""
 
 
 def inputs_of(model: Model, layout: Layout, dataset: Dataset | None = None) -> Inputs:
@@ -28,7 +29,7 @@ def inputs_of(model: Model, layout: Layout, dataset: Dataset | None = None) -> I
         if name not in rows:
             continue
         if view.field == "text":  # how long the longest is decides what is computed
-            made = view(_LONG)
+            made = view(LONG)
             views[name] = made.expand(rows[name], *made.shape).contiguous()
         else:
             blank = torch.zeros(model.spec.signal_channels, *model.spec.size, dtype=torch.uint8)
