@@ -134,13 +134,12 @@ class Training:
     def _open(self, resume: Path | None) -> RunDirectory:
         """The first process makes or locks the directory; the others are told where it is."""
         if self.engine.rank == 0:
-            if resume:
-                directory = RunDirectory.open(resume, write=True)
-            else:
-                directory = recording.create(self.stack, self.dataset, self.engine.world)
+            made = (self.stack, self.dataset, self.engine.world)
+            directory = RunDirectory.open(resume, write=True) if resume else recording.create(*made)
             self.made(directory.path)
-        path = distributed.told(str(directory.path) if self.engine.rank == 0 else None)
-        return directory if self.engine.rank == 0 else RunDirectory.open(Path(path))
+            distributed.told(str(directory.path))
+            return directory
+        return RunDirectory.open(Path(distributed.told(None)))
 
     def _restore(self) -> int:
         """Load the newest valid checkpoint; a run that never wrote one begins again."""

@@ -43,7 +43,7 @@ def built(name: str, **train: Any) -> Engine:
 
 def trained(name: str, steps: int = 2, train: dict[str, Any] | None = None) -> Found:
     """Losses, gradient norms and whole weights of some steps, with dealt weights where there are several processes."""
-    engine = built(name, **{"parallel": "fsdp2", **(train or {})})
+    engine = built(name, **{"parallel": "fsdp2", "steps": max(steps, 20), **(train or {})})
     return {"said": announced(engine), **_onward(engine, 0, steps)}
 
 
@@ -225,6 +225,7 @@ def crowded(folder: str) -> str:
     dist.barrier()  # the first process tidies up
     left = sorted(path.name for path in Path(folder).iterdir())
     assert left == ["step-00000001"], left
+    dist.barrier()  # all have looked
     saved(folder, (3,))
     return str(caught.value)
 

@@ -110,7 +110,7 @@ def test_a_worker_that_dies_ends_the_run_between_two_steps(tmp_path: Path, capsy
     )
     assert ended == 4
     assert "a worker died before step " in errors
-    assert "it was killed by SIGKILL" in errors
+    assert "it was killed by SIGKILL" in errors, errors
     assert "is saved; continue with" in errors
     assert checkpoint.latest(tmp_path / "run" / "checkpoints") is not None
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from multiprocessing.connection import wait
 from types import FrameType, TracebackType
 from typing import Any, Self
 
@@ -38,11 +39,17 @@ def cause(made: Iterator[Any], error: Exception) -> str:
     """What ended a worker: a signal's name where there is one, else what torch says."""
     words = str(error)  # torch may have reaped the process, so that its exit code is nowhere else
     said = [n for n in signal.valid_signals() if f"signal: {signal.strsignal(n)}." in words]
-    codes = [] if said else [worker.exitcode for worker in getattr(made, "_workers", ())]
+    codes = [] if said else _codes(getattr(made, "_workers", ()))
     for number in [*said, *(-code for code in codes if code is not None and code < 0)]:
         hint = "; /dev/shm is too small" if number == signal.SIGBUS else ""
         return f"it was killed by {signal.Signals(number).name}{hint}"
     return words.partition("\n")[0] or type(error).__name__
+
+
+def _codes(workers: Sequence[Any]) -> list[int | None]:
+    """Exit codes, once one of them has one: a pipe may break a moment before its process has ended."""
+    wait([worker.sentinel for worker in workers], PATIENCE)
+    return [worker.exitcode for worker in workers]
 
 
 class Deaths:
