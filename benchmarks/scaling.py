@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import tempfile
 import time
@@ -72,12 +73,13 @@ def main() -> None:
 
 def measure(rounds: int, rows: int) -> Row:
     """Medians over rounds in which all ways take turns."""
-    context, pipes, workers = get_context("spawn"), [], []
+    context, pipes, workers, load = get_context("spawn"), [], [], os.getloadavg()[0]
     with tempfile.TemporaryDirectory() as folder:
         for rank, joined in ((0, False), (1, False), (0, True), (1, True)):
             ours, theirs = context.Pipe()
             workers.append(context.Process(target=_worker, args=(theirs, folder, rank, joined, rows)))
             workers[-1].start()
+            theirs.close()  # or a worker's death would not end the pipe
             pipes.append(ours)
         groups = {"alone": pipes[:1], "apart": pipes[:2], "together": pipes[2:]}
         for way in ("apart", "together"):  # batches are made, caches are warm
@@ -89,6 +91,7 @@ def measure(rounds: int, rows: int) -> Row:
     seconds = {way: statistics.median(row[way] for row in found) for way in WAYS}
     return {
         "kind": "measured", "stack": "vtp-tiny", "rows": rows, "rounds": rounds, "machine": tables.machine(),
+        "load": load,
         "images_per_second": {way: STEPS * rows * WAYS[way] / seconds[way] for way in WAYS},
         "efficiency": statistics.median(row["alone"] / row["together"] for row in found),
         "shared_memory": statistics.median(row["alone"] / row["apart"] for row in found),

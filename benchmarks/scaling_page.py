@@ -12,6 +12,7 @@ from benchmarks.cluster import Cluster
 PARTS = {
     "compute": "products", "update": "update", "gradients": "gradients", "losses": "losses", "shards": "shards",
 }  # fmt: skip
+BUSY = 0.5  # load of a machine that does something else
 COLOURS = ("#1f6fb4", "#c8501e")
 Row = dict[str, Any]
 
@@ -48,8 +49,8 @@ def section(measured: Row, simulated: Sequence[Row]) -> list[str]:
 
 
 def _measured(row: Row) -> list[str]:
-    speed = row["images_per_second"]
-    return [
+    speed, load = row["images_per_second"], row.get("load")
+    lines = [
         f"**Measured** on two cores ({row['machine']}): `{row['stack']}`, {row['rows']} rows a process, medians of "
         f"{row['rounds']} alternating rounds.",
         f"One process trains {speed['alone']:.1f} images/s, two over gloo {speed['together']:.1f}: a weak-scaling "
@@ -57,6 +58,12 @@ def _measured(row: Row) -> list[str]:
         "The cores share caches and the way to memory: two processes that know nothing of each other reach "
         f"{row['shared_memory']:.0%}, and of that communication and waiting leave {row['communication']:.0%}.",
     ]
+    if load is None or load > BUSY:
+        said = "an unknown load" if load is None else f"a load of {load:.1f}"
+        lines.append(
+            f"Other work kept the machine at {said} meanwhile, so these say little; measure again when it rests."
+        )
+    return lines
 
 
 def _assumed(cluster: Cluster) -> list[str]:
