@@ -19,7 +19,7 @@ def recompute(modules: Iterable[nn.Module]) -> None:
     """Let every block be computed again in the backward; weights, keys and values stay as they are.
 
     Where no gradient is asked for, a block runs as before. Draws are keyed and random states kept, so the
-    second computation is the first. A module whose attribute ``checkpointing`` is true does it by itself.
+    second computation is the first.
 
     Args:
         modules: whose blocks are meant, as far down as they lie: the entries of every ``nn.ModuleList`` named
@@ -37,8 +37,7 @@ def blocks_of(modules: Iterable[nn.Module]) -> list[nn.Module]:
     found: dict[int, nn.Module] = {}
     for part in (part for module in modules for part in module.modules()):
         lists = [getattr(part, name, None) for name in LISTS]
-        if not getattr(part, "checkpointing", False):
-            found |= {id(b): b for blocks in lists if isinstance(blocks, nn.ModuleList) for b in blocks}
+        found |= {id(b): b for blocks in lists if isinstance(blocks, nn.ModuleList) for b in blocks}
     return list(found.values())
 
 

@@ -208,8 +208,8 @@ class Dealer:
 
 
 def _blocks(module: nn.Module) -> list[nn.Module]:
-    """Entries of every ``nn.ModuleList`` named ``blocks``, but of modules that recompute their blocks by themselves."""
-    lists = [getattr(p, "blocks", None) for p in module.modules() if not getattr(p, "checkpointing", False)]
+    """Entries of every ``nn.ModuleList`` named ``blocks``."""
+    lists = [getattr(part, "blocks", None) for part in module.modules()]
     blocks = [block for found in lists if isinstance(found, nn.ModuleList) for block in found]
     return list(dict.fromkeys(filter(_has_weights, blocks)))
 

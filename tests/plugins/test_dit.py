@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from vtp_core.components import resolve
 from vtp_core.errors import StackFault
+from vtp_core.recomputing import recompute
 from vtp_dit import DDT, DiT, DiTDH, LightningDiT, NarrowWarning, SiT
 from vtp_dit.positions import angles, sincos
-from vtp_dit.stream import Stream
 from vtp_flow import Linear
 from vtp_plugins.registry import Registry
 from vtp_plugins.spec import Spec
@@ -447,9 +447,7 @@ def test_checkpointing_changes_no_gradient_and_computes_blocks_again(name: str) 
     x, u, labels = inputs()
     network(x, u, labels)["prediction"].square().sum().backward()
     plain = gradients(network)
-    for part in network.modules():
-        if isinstance(part, Stream):
-            part.checkpointing = True
+    recompute([network])
     ran: list[str] = []
     with Watched(network, ran):
         network(x, u, labels)["prediction"].square().sum().backward()
@@ -462,7 +460,8 @@ def test_checkpointing_changes_no_gradient_and_computes_blocks_again(name: str) 
 
 def test_checkpointing_lets_gradient_through_parameters_that_get_none(name: str) -> None:
     """As the engine's ``through`` does: REPA-E's tokenizer step through a frozen generator."""
-    network = made(name, checkpointing=True)
+    network = made(name)
+    recompute([network])
     x, u, labels = inputs()
     x.requires_grad_()
     frozen = {key: parameter.detach() for key, parameter in network.named_parameters()}

@@ -47,7 +47,6 @@ class Decoupled(Network):
         flip: the weights' time runs from noise to data: they are fed 1 - u, and a velocity (the path's
             ``predicts``) is negated.
         timesteps: steps T of a discrete process: u T - 1 is fed; 0 for a continuous one.
-        checkpointing: keep only each block's input for the backward.
         norm: of the blocks.
         final_norm: before the last layer.
         qk_norm: on queries and keys.
@@ -83,7 +82,6 @@ class Decoupled(Network):
         grid: tuple[int, ...] | None = None,
         flip: bool = False,
         timesteps: Annotated[int, Field(ge=0)] = 0,
-        checkpointing: bool = False,
         norm: Norm | None = None,
         final_norm: Norm | None = None,
         qk_norm: HeadNorm | None = None,
@@ -112,13 +110,9 @@ class Decoupled(Network):
         )  # fmt: skip
         self.encoder_blocks = encoder_blocks
         places = self.places(grid, spec, width)
-        self.body = Stream(
-            spec.channels, self.patch, width, encoder_blocks, heads, switches, places, checkpointing
-        )
+        self.body = Stream(spec.channels, self.patch, width, encoder_blocks, heads, switches, places)
         self.widen = nn.Linear(width, head_width) if head_width != width else None
-        self.head = Stream(
-            spec.channels, self.patch, head_width, head_blocks, head_heads, switches, None, checkpointing
-        )
+        self.head = Stream(spec.channels, self.patch, head_width, head_blocks, head_heads, switches, None)
 
     def head_of(self, size: str, width: int, heads: int) -> tuple[int, int, int, int]:
         """The family's width and heads of the head and blocks of the encoder and of the head."""

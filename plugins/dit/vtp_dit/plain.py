@@ -44,7 +44,6 @@ class Transformer(Network):
         flip: the weights' time runs from noise to data: they are fed 1 - u, and a velocity (the path's
             ``predicts``) is negated.
         timesteps: steps T of a discrete process: u T - 1 is fed; 0 for a continuous one.
-        checkpointing: keep only each block's input for the backward.
         norm: of the blocks.
         final_norm: before the last layer.
         qk_norm: on queries and keys.
@@ -78,7 +77,6 @@ class Transformer(Network):
         grid: tuple[int, ...] | None = None,
         flip: bool = False,
         timesteps: Annotated[int | None, Field(ge=0)] = None,
-        checkpointing: bool = False,
         norm: Norm | None = None,
         final_norm: Norm | None = None,
         qk_norm: HeadNorm | None = None,
@@ -101,7 +99,7 @@ class Transformer(Network):
         steps = self.family_timesteps if timesteps is None else timesteps
         super().__init__(spec, width, width, depth, patch or self.family_patch, switches, flip, steps or None)
         places = self.places(grid, spec, width)
-        self.body = Stream(spec.channels, self.patch, width, depth, heads, switches, places, checkpointing)
+        self.body = Stream(spec.channels, self.patch, width, depth, heads, switches, places)
 
     def forward(
         self,

@@ -4,13 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from typing import Any
 
-import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from vtp_core.models.rope import Tables
 from vtp_core.models.vit import PatchEmbed
 from vtp_dit.block import Block, SwiGLU
 from vtp_dit.positions import Places, Rotation
@@ -28,7 +24,6 @@ class Stream(nn.Module):
         heads: attention heads.
         switches: the family's.
         places: added to the tokens; None adds nothing.
-        checkpointing: whether blocks keep only their input for the backward.
     """
 
     def __init__(
@@ -40,7 +35,6 @@ class Stream(nn.Module):
         heads: int,
         switches: Switches,
         places: Places | None,
-        checkpointing: bool,
     ) -> None:
         super().__init__()
         if depth < 1:
@@ -51,7 +45,6 @@ class Stream(nn.Module):
         self.rotation = None
         if switches.rope != "none":
             self.rotation = Rotation(width // heads, len(patch), switches.rope)
-        self.checkpointing = checkpointing
         _reset(self, switches)
 
     def tokens(self, x: Tensor, grid: tuple[int, ...]) -> Tensor:
@@ -80,21 +73,10 @@ class Stream(nn.Module):
         for level, block in enumerate(self.blocks, start=before + 1):
             if level > last:
                 break
-            x = self._block(block, x, c, tables)
+            x = block(x, c, tables)
             if f"hidden:{level}" in want:
                 hidden[f"hidden:{level}"] = x
         return x, hidden
-
-    def _block(self, block: nn.Module, x: Tensor, c: Tensor, tables: Tables | None) -> Tensor:
-        if not (self.checkpointing and torch.is_grad_enabled()):
-            return block(x, c, tables)  # type: ignore[no-any-return]
-        # the recomputation must see the parameters of this forward: `through` swaps them for its duration
-        parameters: dict[str, Tensor] = dict(block.named_parameters())
-
-        def again(x: Tensor, c: Tensor) -> Any:
-            return torch.func.functional_call(block, parameters, (x, c, tables))
-
-        return checkpoint(again, x, c, use_reentrant=False, preserve_rng_state=False)  # type: ignore[no-any-return]
 
 
 def _reset(stream: Stream, switches: Switches) -> None:
