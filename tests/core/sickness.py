@@ -15,6 +15,7 @@ from two import OBJECTIVES, SECTIONS
 
 from vtp_core.engine import Engine
 from vtp_core.errors import NonFinite
+from vtp_core.shards import local
 
 Terms = dict[str, Tensor]
 
@@ -57,17 +58,19 @@ def caught(engine: Engine, step: int) -> tuple[str, bool]:
         engine.step(batch_of(engine, step))
     except NonFinite as fault:
         after = weights(engine)
-        same = all(torch.equal(before[key], after[key]) for key in before) and before.keys() == after.keys()
+        same = all(torch.equal(local(before[key]), local(after[key])) for key in before)
+        same = same and before.keys() == after.keys()
         settled = not any(objective.pending for objective in engine.model.objectives.values())
         return str(fault), same and settled and engine.steps_done == done
     return "", False
 
 
-def each_objective(way: str) -> dict[str, tuple[str, bool]]:
+def each_objective(way: str, parallel: str) -> dict[str, tuple[str, bool]]:
     """One objective after the other, in process 1."""
     found = {}
+    sections = {**SECTIONS, "train": {**SECTIONS["train"], "parallel": parallel}}
     for name in OBJECTIVES:
-        engine = engine_of(OBJECTIVES, batch=16, **SECTIONS)
+        engine = engine_of(OBJECTIVES, batch=16, **sections)
         fall_ill(engine, name, way, rank=1)
         found[name] = caught(engine, 0)
     return found

@@ -50,11 +50,18 @@ def asked(
     return seconds
 
 
-@pytest.mark.parametrize(("number", "rank", "code"), [(signal.SIGTERM, 1, 75), (signal.SIGINT, 0, 130)])
+@pytest.mark.parametrize(
+    ("number", "rank", "code", "parallel"),
+    [
+        (signal.SIGTERM, 1, 75, "replicated"),
+        (signal.SIGINT, 0, 130, "replicated"),
+        (signal.SIGTERM, 0, 75, "fsdp2"),
+    ],
+)
 def test_a_signal_to_one_process_stops_all_at_one_step(
-    tmp_path: Path, number: signal.Signals, rank: int, code: int
+    tmp_path: Path, number: signal.Signals, rank: int, code: int, parallel: str
 ) -> None:
-    asked(tmp_path, number, rank, code)
+    asked(tmp_path, number, rank, code, 10, f"train.parallel={parallel}")
 
 
 def test_a_step_that_fails_in_one_process_ends_all_with_its_code(tmp_path: Path) -> None:
