@@ -13,6 +13,7 @@ from torch import Tensor
 from vtp_core import distributed, options
 from vtp_core.errors import Fault
 from vtp_core.peers import PULSE
+from vtp_core.shards import is_shard
 
 if TYPE_CHECKING:
     from vtp_core.engine import Engine
@@ -39,15 +40,16 @@ def check(engine: Engine) -> None:
     """
     keys, step = engine.train_keys, engine.steps_done
     every, saved = (options.steps_of(key, keys.steps) for key in (keys.check_every, keys.checkpoint_every))
-    if engine.world == 1 or keys.parallel != "replicated" or not every:
+    if engine.world == 1 or not every:
         return
     if step % every == 0 or step % max(saved, 1) == 0 or step == keys.steps:
         compare(engine.state(), step)
 
 
 def compare(parts: Mapping[str, Mapping[str, Tensor]], step: int) -> None:
-    """Raise :class:`Drifted` if any tensor of ``parts`` is not the same on all processes."""
-    named = {f"{part}/{key}": value for part, tensors in parts.items() for key, value in tensors.items()}
+    """Raise :class:`Drifted` if any tensor of ``parts`` is not the same on all processes; shares of one need not be."""
+    found = {f"{part}/{key}": value for part, tensors in parts.items() for key, value in tensors.items()}
+    named = {name: value for name, value in found.items() if not is_shard(value)}
     ours = hashes(list(named.values()))
     everyone = [torch.empty_like(ours) for _ in range(distributed.world_size())]
     with PULSE.collective():

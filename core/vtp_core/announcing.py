@@ -25,7 +25,8 @@ def announced(engine: Engine) -> list[str]:
 
 def _dealt(engine: Engine) -> str:
     """Which modules are dealt, and why others are not."""
-    roots, whole = engine.sharding.roots, engine.sharding.whole
+    roots = engine.sharding.roots
+    whole = engine.sharding.whole | {f"teachers/{name}": "is frozen" for name in engine.model.teachers}
     if engine.world == 1:
         return "train.parallel=fsdp2: one process holds all weights; nothing is dealt"
     named = f"fsdp2 deals {', '.join(roots)}" if roots else "fsdp2 deals nothing"

@@ -21,6 +21,10 @@ _FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO})
 _NO_MEMORY = ("can't allocate memory", "out of memory")
 _THRIFT = "a smaller data.batch_size, a larger train.accumulate or train.precision=bfloat16 needs less"
 _LONGEST = 300  # characters of an exception's own words
+_DEALT = (
+    "; train.parallel=fsdp2: weights are whole only while `forward` of their module, or a method that the class of "
+    "their block names in `entries`, is running"
+)
 
 
 def translated(error: BaseException, parts: Mapping[str, Any] | None = None, step: int = 0) -> Fault | None:
@@ -121,4 +125,5 @@ def _key(frames: list[FrameType], parts: Mapping[str, Any]) -> str:
 def _words(error: BaseException) -> str:
     """What an exception says, in one line."""
     lines = str(error).splitlines()
-    return (lines[0] if lines else "no message")[:_LONGEST]
+    said = (lines[0] if lines else "no message")[:_LONGEST]
+    return said + _DEALT if "mixed torch.Tensor and DTensor" in str(error) else said

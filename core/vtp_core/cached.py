@@ -82,8 +82,7 @@ class Micros:
         for part, done in zip(parts, self.sharding.lasts(parts), strict=True):
             with self.autocast():
                 total = losses.stage(kept, part)
-            if total is not None and total.requires_grad:
-                self.sharding.backward([total], done)
+            self.sharding.backward([total] if total is not None and total.requires_grad else [], done)
             self.sharding.close()
 
     def _rest(
@@ -105,7 +104,6 @@ class Micros:
             if total is not None and total.requires_grad:
                 outputs.append(total / self.count)
                 grads.append(torch.ones_like(total))
-            if outputs:
-                self.sharding.backward(outputs, done, grads)
+            self.sharding.backward(outputs, done, grads)
             run.release(stage)
             self.sharding.close()

@@ -211,8 +211,8 @@ class Engine:
         for stage, done in zip(stages, lasts, strict=True):
             with self.autocast():
                 total = losses.stage(run, stage)
-            if total is not None and total.requires_grad:
-                self.sharding.backward([total / self.train_keys.accumulate], done)
+            own = [total / self.train_keys.accumulate] if total is not None and total.requires_grad else []
+            self.sharding.backward(own, done)
             run.release(stage)
             self.sharding.close()
         self.last_runs = run.runs

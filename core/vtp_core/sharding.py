@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from types import MethodType
 from typing import Any
@@ -13,11 +12,12 @@ from torch.autograd.graph import register_multi_grad_hook
 
 from vtp_core import distributed
 from vtp_core.build import Model
+from vtp_core.dealing import Dealer, has_weights, kept_whole
 from vtp_core.gathering import Plain
 from vtp_core.nodes import Stage
 from vtp_core.options import Train
+from vtp_core.reached import Reached
 from vtp_core.teacher import EMATeacher
-from vtp_plugins.objective import AdversarialObjective
 
 _SPLIT = ("encoder", "bottleneck", "decoder", "generator")
 """Owners that are dealt block by block; an objective may call its blocks in ways of its own."""
@@ -49,10 +49,11 @@ class Sharding:
         self.plain: Plain | None = None
         self._narrow = keys.precision == "bfloat16"
         self._synced: dict[str, bool] = {}
-        self._reached: set[str] = set()  # by the backward in progress
+        self._own: set[str] = set()  # reached by the backward in progress
         self._waiting: set[str] = set()  # whose gradients are summed here and not averaged yet
         self._idle: set[Any] = set()  # that ran and get no backward
         self._open: set[Any] = set()  # copies whose weights an objective has fetched
+        self._reached = Reached()
         if keys.parallel == "fsdp2" and distributed.world_size() > 1:
             self.whole = kept_whole(model)
             self._deal = Dealer(device, keys.precision)
@@ -60,7 +61,7 @@ class Sharding:
 
     def _begin(self, model: Model, copies: Mapping[str, EMATeacher]) -> None:
         named = {name: module for name, module in model.modules().items() if name not in self.whole}
-        named = {name: module for name, module in named.items() if _has_weights(module)}
+        named = {name: module for name, module in named.items() if has_weights(module)}
         if named:
             self.plain = Plain(model, copies["average"].modules.get("generator"))
         for kind, teacher in copies.items():
@@ -71,6 +72,7 @@ class Sharding:
             root.anchored = anchors
             if any(parameter.requires_grad for parameter in module.parameters()):
                 root.register_forward_hook(self._watch(name))
+                self._reached.watch(root)
                 root.touch = MethodType(_touch, root)
                 self._deal.entry(root, "touch")
             else:
@@ -84,7 +86,7 @@ class Sharding:
         for name, twin in teacher.modules.items():
             _, _, rest = name.partition("objectives/")
             owner = rest.rpartition("/")[0] or name
-            if owner not in named or not _has_weights(twin):
+            if owner not in named or not has_weights(twin):
                 continue
             if id(twin) not in found:
                 found[id(twin)] = root = self._deal(twin, split=not rest)
@@ -104,8 +106,11 @@ class Sharding:
         """Note a backward that reaches the outputs of a module."""
 
         def note(root: Any, _: Any, outputs: Any) -> None:
-            if tensors := _with_gradient(outputs):
-                register_multi_grad_hook(tensors, lambda _: self._reached.add(name), mode="any")
+            if not torch.is_grad_enabled():
+                return
+            self._reached.called(name, tensors := _with_gradient(outputs))
+            if tensors:
+                register_multi_grad_hook(tensors, lambda _: self._own.add(name), mode="any")
 
         return note
 
@@ -130,17 +135,24 @@ class Sharding:
         gradient meanwhile.
 
         Args:
-            outputs: losses, or tensors with ``gradients``.
+            outputs: losses, or tensors with ``gradients``; none where this process has no gradient to give.
             done: owners whose last backward of the step this is.
             gradients: of the outputs.
+
+        Raises:
+            PluginFault: weights are dealt, and only some processes have a gradient to give.
         """
+        if self.roots:
+            self._reached.agree(outputs)
+        if not outputs:
+            return
         # What waits is float32, in bfloat16 too: FSDP2 does not reduce it together with what comes now.
         averaged = set(done) - (self._waiting if self._narrow else set())
         for name in self.roots:
             self._sync(name, name in averaged)
-        self._reached.clear()
+        self._own.clear()
         torch.autograd.backward(outputs, gradients)
-        self._waiting = (self._waiting | self._reached) - (self._reached & averaged)
+        self._waiting = (self._waiting | self._own) - (self._own & averaged)
 
     def _sync(self, name: str, on: bool) -> None:
         if self._synced.get(name) != on:
@@ -159,6 +171,7 @@ class Sharding:
             self._sync(name, True)
             self.roots[name].touch().backward()
         self._waiting.clear()
+        self._reached.settle()
 
     def rest(self) -> None:
         """The step is over: forget the forwards that no backward followed, or FSDP2 would keep note of each."""
@@ -166,79 +179,6 @@ class Sharding:
             if hasattr(root, "reset_iter_state"):
                 root.reset_iter_state()
         self._idle.clear()
-
-
-class Dealer:
-    """Applies ``fully_shard``; weights and gradients are dealt along dim 0 over all processes.
-
-    Args:
-        device: of the weights.
-        precision: of the run; in bfloat16 runs large modules fetch their weights in bfloat16.
-    """
-
-    def __init__(self, device: torch.device, precision: str) -> None:
-        # Half a second that other runs do not need.
-        from torch.distributed.device_mesh import init_device_mesh
-        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
-
-        self.entry, self._shard = register_fsdp_forward_method, fully_shard
-        # Nobody writes into what he is handed, so that views are safe.
-        warnings.filterwarnings("ignore", r"FSDP2-wrapped module .* returned a view tensor", UserWarning)
-        self._mesh = init_device_mesh(device.type, (distributed.world_size(),))
-        self._wide = MixedPrecisionPolicy()
-        self._narrow = self._wide
-        if precision == "bfloat16":  # autocast casts inputs where it should: a noise level is not rounded
-            self._narrow = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
-
-    def __call__(self, module: nn.Module, split: bool) -> Any:
-        """Deal a module's weights but scalars, which FSDP2 refuses; with ``split`` block by block."""
-        scalars = {parameter for parameter in module.parameters() if parameter.ndim == 0}
-        policy = self._narrow if split else self._wide  # prototypes and text towers stay as they are
-        for block in _blocks(module) if split else ():
-            self._shard(
-                block, mesh=self._mesh, mp_policy=policy, reshard_after_forward=True, ignored_params=scalars
-            )
-            for name in getattr(block, "entries", ()):
-                if name != "forward":
-                    self.entry(block, name)
-        # Said, as a root would keep its weights after a forward, and serve them once the optimizer has moved.
-        return self._shard(
-            module, mesh=self._mesh, mp_policy=policy, reshard_after_forward=True, ignored_params=scalars
-        )
-
-
-def _blocks(module: nn.Module) -> list[nn.Module]:
-    """Entries of every ``nn.ModuleList`` named ``blocks``."""
-    lists = [getattr(part, "blocks", None) for part in module.modules()]
-    blocks = [block for found in lists if isinstance(found, nn.ModuleList) for block in found]
-    return list(dict.fromkeys(filter(_has_weights, blocks)))
-
-
-def kept_whole(model: Model) -> dict[str, str]:
-    """Owners that are not dealt, and why; those without weights are not named.
-
-    FSDP2 fetches a module's weights for one forward at a time, by one root: who uses them otherwise needs them whole.
-    """
-    owners = {name: module for name, module in model.modules().items() if _has_weights(module)}
-    users: dict[int, list[str]] = {}
-    for name, module in owners.items():
-        for parameter in module.parameters():
-            users.setdefault(id(parameter), []).append(name)
-    through = {n for o in model.objectives.values() for need in o.needs.values() for n in need.through}
-    found = {}
-    for name, module in owners.items():
-        others = {user for p in module.parameters() for user in users[id(p)]} - {name}
-        if others:
-            found[name] = f"shared with {', '.join(sorted(others))}"
-        elif name.startswith("modules/"):
-            found[name] = "objectives use it"
-        elif name in through:
-            found[name] = "an objective passes gradient through it"
-        elif isinstance(module, AdversarialObjective):
-            found[name] = "its critic has a turn of its own"
-        elif name in model.objectives and not any(p.requires_grad for p in module.parameters()):
-            found[name] = "nothing in it trains"
-    return found
 
 
 def anchors_of(module: Any) -> dict[str, str]:
@@ -264,10 +204,6 @@ def unsharded(root: Any, name: str) -> nn.Parameter:
 def _touch(root: nn.Module) -> Tensor:
     """A forward without a weight, whose backward makes FSDP2 average what it has summed."""
     return torch.zeros((), device=next(root.parameters()).device, requires_grad=True)
-
-
-def _has_weights(module: nn.Module) -> bool:
-    return next(module.parameters(), None) is not None
 
 
 def _with_gradient(outputs: Any) -> list[Tensor]:

@@ -18,10 +18,10 @@ from benchmarks.distributed import batch_of, engine_of
 from benchmarks.distributed_cases import TEACHER, Case, cases
 from vtp_core import shards
 from vtp_core.announcing import announced
+from vtp_core.dealing import Dealer
 from vtp_core.engine import Engine
 from vtp_core.errors import StorageFault
 from vtp_core.run import checkpoint
-from vtp_core.sharding import Dealer
 from vtp_core.teacher import EMATeacher, momentum_at
 from vtp_core.tokenizer import Tokenizer
 

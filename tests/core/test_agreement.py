@@ -20,9 +20,9 @@ CENTRE = ("objectives/distil", "centre")
 TAUGHT = ("teacher", "encoder.embed.weight")
 
 
-def flipped(part: str, key: str, world: int = 2) -> list[str]:
+def flipped(part: str, key: str, world: int = 2, parallel: str = "replicated") -> list[str]:
     """What is found after each of four steps when a bit of the last process flips after the third."""
-    engine = engine_of(OBJECTIVES, batch=16, **{**SECTIONS, "train": EVERY})
+    engine = engine_of(OBJECTIVES, batch=16, **{**SECTIONS, "train": {**EVERY, "parallel": parallel}})
     found = []
     for step in range(4):
         engine.step(batch_of(engine, step))
@@ -37,9 +37,17 @@ def flipped(part: str, key: str, world: int = 2) -> list[str]:
     return found
 
 
-@pytest.mark.parametrize("place", [TRAINED, CENTRE, TAUGHT])
-def test_a_flipped_bit_is_found_at_the_next_check(two: Pool, place: tuple[str, str]) -> None:
-    first, second = two(flipped, *place)
+@pytest.mark.parametrize(
+    ("place", "parallel"),
+    [
+        (TRAINED, "replicated"),
+        (CENTRE, "replicated"),
+        (TAUGHT, "replicated"),
+        (CENTRE, "fsdp2"),
+    ],
+)
+def test_a_flipped_bit_is_found_at_the_next_check(two: Pool, place: tuple[str, str], parallel: str) -> None:
+    first, second = two(flipped, *place, 2, parallel)
     assert first == second
     assert first[:3] == ["", "", ""]
     assert first[3].startswith(f"step 4: the processes differ in {'/'.join(place)}")

@@ -39,7 +39,7 @@ def test_a_run_says_how_its_batch_is_split_and_what_is_dealt(two: Pool) -> None:
         == [
             "2 processes (gloo, fsdp2) x 4 rows x 2 micro-batches = batch_size 16",
             "fsdp2 deals encoder, bottleneck, decoder, align, through; whole in every process: generator (an "
-            "objective passes gradient through it)",
+            "objective passes gradient through it), teachers/lite0 (is frozen)",
         ]
     )
     assert trained("vtp with a gan", 0)["said"] == [
