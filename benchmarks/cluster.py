@@ -23,6 +23,8 @@ class Cluster:
         call: seconds that any collective takes.
         doubling: seconds that it takes longer for every doubling of the processes.
         machine: GPUs of one machine.
+        capacity: bytes of a GPU's memory.
+        usable: share of it that a step may take; the rest is the driver's, NCCL's and the allocator's gaps.
     """
 
     peak: float = 989e12
@@ -33,9 +35,21 @@ class Cluster:
     call: float = 10e-6
     doubling: float = 5e-6
     machine: int = 8
+    capacity: float = 85e9
+    usable: float = 0.9
+
+    def fits(self, count: int) -> bool:
+        """Whether a step of so many bytes has room on a GPU."""
+        return count <= self.usable * self.capacity
 
     def seconds(self, collective: Collective, world: int) -> float:
-        """Time of one collective: among the machines by every GPU's own card, then within each machine."""
+        """Time of one collective: among the machines by every GPU's own card, then within each machine.
+
+        Raises:
+            ValueError: neither one machine, nor several that are full.
+        """
+        if world > self.machine and world % self.machine:
+            raise ValueError(f"{world} GPUs fill no whole number of machines of {self.machine}")
         inside = min(world, self.machine)
         machines = world // inside
         rounds = 2 if collective.kind == "all_reduce" else 1

@@ -15,8 +15,8 @@ from typing import Any
 
 from benchmarks import tables
 from vtp_core import load_stack, plan
+from vtp_core.beginning import train
 from vtp_core.run.metrics import read
-from vtp_core.training import train
 
 MIXES = {
     "AE": ("clip", "dino", "ibot", "koleo"),

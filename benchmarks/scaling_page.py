@@ -17,9 +17,14 @@ COLOURS = ("#1f6fb4", "#c8501e")
 Row = dict[str, Any]
 
 
+def fits(row: Row) -> bool:
+    """Whether a step has room on the cluster's GPUs."""
+    return Cluster().fits(row["bytes"])
+
+
 def efficiency(row: Row, rows: Sequence[Row]) -> float:
-    """Images a second and GPU, over those of the fewest GPUs of the same kind."""
-    same = [r for r in rows if all(r[key] == row[key] for key in ("scaling", "stack", "parallel"))]
+    """Images a second and GPU, over those of the fewest GPUs of the same kind that have room for it."""
+    same = [r for r in rows if fits(r) and all(r[k] == row[k] for k in ("scaling", "stack", "parallel"))]
     first = min(same, key=lambda r: r["gpus"])
     return float((row["rows"] / row["seconds"]) / (first["rows"] / first["seconds"]))
 
@@ -43,8 +48,10 @@ def section(measured: Row, simulated: Sequence[Row]) -> list[str]:
         lines += [f"{title}.", "", *tables.table(head, [_cells(row, chosen) for row in chosen]), ""]
     return [
         *lines,
-        "Efficiency is images a second and GPU, over those of the fewest GPUs of the same stack and kind. Memory is",
-        "the plan's, of one GPU.",
+        "Efficiency is images a second and GPU, over those of the fewest GPUs of the same stack and kind that have",
+        "room for their rows. Memory is the plan's, of one GPU. With `fsdp2` efficiency may pass 100%: each GPU",
+        "updates only its part of the weights, where one GPU alone updates all, and that saves more than communication",
+        "takes.",
     ]
 
 
@@ -82,16 +89,20 @@ def _assumed(cluster: Cluster) -> list[str]:
         "- Replicated gradients are averaged after the last backward, with nothing beside them. Sharded weights are",
         "  fetched and gradients scattered beside the products: what outlasts these is added, and the first and the",
         "  last call.",
+        f"- A GPU has {cluster.capacity / 1e9:.0f} GB (sold as 80), of which a step may take {cluster.usable:.0%}; the "
+        "rest is the driver's,",
+        "  NCCL's and the allocator's gaps. Rows that need more do not fit: `train.accumulate` would split them.",
         "- Data is there in time.",
     ]
 
 
 def _cells(row: Row, rows: Sequence[Row]) -> list[str]:
+    head = [f"`{row['stack']}` {row['parallel']}", str(row["gpus"]), f"{row['rows']:,}"]
+    memory = f"{row['bytes'] / 1e9:.0f} GB"
+    if not fits(row):
+        return [*head, "does not fit", *([""] * len(PARTS)), "", memory]
     parts = [f"{1e3 * row[part]:,.1f} ms" if row[part] else "" for part in PARTS]
-    return [
-        f"`{row['stack']}` {row['parallel']}", str(row["gpus"]), f"{row['rows']:,}", f"{1e3 * row['seconds']:,.0f} ms",
-        *parts, f"{efficiency(row, rows):.0%}", f"{row['bytes'] / 1e9:.0f} GB",
-    ]  # fmt: skip
+    return [*head, f"{1e3 * row['seconds']:,.0f} ms", *parts, f"{efficiency(row, rows):.0%}", memory]
 
 
 def draw(rows: Sequence[Row], path: Path) -> None:
@@ -103,7 +114,7 @@ def draw(rows: Sequence[Row], path: Path) -> None:
 
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained", sharey=True)
     for panel, (scaling, title) in zip(axes, titles(rows).items(), strict=True):
-        _panel(panel, [row for row in rows if row["scaling"] == scaling])
+        _panel(panel, [row for row in rows if row["scaling"] == scaling and fits(row)])
         panel.set(title=title, xlabel="GPUs, log2")
     axes[0].set_ylabel("throughput of a GPU, % of that with the fewest GPUs")
     figure.suptitle(

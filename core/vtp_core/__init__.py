@@ -6,18 +6,18 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from vtp_core.beginning import train as train
     from vtp_core.describe import plan as plan
     from vtp_core.generation import Generator as Generator
     from vtp_core.stack import load_stack as load_stack
     from vtp_core.tokenizer import Tokenizer as Tokenizer
-    from vtp_core.training import train as train
 
 _HOME = {
     "Generator": "generation",
     "Tokenizer": "tokenizer",
     "load_stack": "stack",
     "plan": "describe",
-    "train": "training",
+    "train": "beginning",
 }
 
 

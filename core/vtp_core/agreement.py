@@ -40,10 +40,14 @@ def check(engine: Engine) -> None:
     """
     keys, step = engine.train_keys, engine.steps_done
     every, saved = (options.steps_of(key, keys.steps) for key in (keys.check_every, keys.checkpoint_every))
-    if engine.world == 1 or not every:
-        return
-    if step % every == 0 or step % max(saved, 1) == 0 or step == keys.steps:
-        compare(engine.state(), step)
+    if every and (step % every == 0 or step % max(saved, 1) == 0 or step == keys.steps):
+        certify(engine)
+
+
+def certify(engine: Engine) -> None:
+    """Compare the state of all processes now, before it is saved; nothing where ``train.check_every`` is 0."""
+    if engine.world > 1 and engine.train_keys.check_every:
+        compare(engine.state(), engine.steps_done)
 
 
 def compare(parts: Mapping[str, Mapping[str, Tensor]], step: int) -> None:

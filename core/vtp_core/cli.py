@@ -12,7 +12,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from vtp_core import cli_convert, cli_export, cli_generation
+from vtp_core import cli_convert, cli_export, cli_generation, farewell
 from vtp_core.attribution import translated
 from vtp_core.cli_arguments import AsJson, Overrides, Plugins, RunPath, StackName, registry_of
 from vtp_core.cli_generation import piped, say
@@ -50,15 +50,16 @@ def main(arguments: list[str] | None = None) -> None:
             bug = "this is a bug of vtp-plugins; --debug tells where"
             _end(f"unexpected {type(error).__name__}: {error}\n{bug}", 1)
         else:
-            _end("\n".join([str(fault), *getattr(fault, "__notes__", ())]), fault.code, fault.lines)
+            _end(farewell.words(fault), fault.code, fault.lines, fault)
 
 
-def _end(message: str, code: int, longest: int = _LINES) -> NoReturn:
+def _end(message: str, code: int, longest: int = _LINES, fault: Exception | None = None) -> NoReturn:
     """Say why the command ends, in a few lines: of a long message the middle is left out."""
     lines = [line if len(line) <= _WIDEST else f"{line[:_WIDEST]}..." for line in message.splitlines()]
     if len(lines) > longest:
         lines[longest - 3 : -2] = ["..."]
     typer.echo("vtp: " + "\n".join(lines), err=True)
+    farewell.leave("vtp: " + "\n".join(lines), fault)
     if _several():  # connections to processes that have gone may not close in order
         os._exit(code)
     raise SystemExit(code)
@@ -166,7 +167,7 @@ def train(
         from vtp_core.run.directory import check_free
 
         check_free(Path(loaded.run.dir or "runs/DATE"))
-    from vtp_core.training import begin
+    from vtp_core.beginning import begin
 
     _ended(begin(loaded))
 

@@ -10,6 +10,7 @@ import torch
 from vtp_core.adopting import conditioning
 from vtp_core.announcing import announced
 from vtp_core.build import Model, blueprint, build, spec_of
+from vtp_core.dryrun.captions import captions_of, lengths
 from vtp_core.dryrun.inputs import inputs_of
 from vtp_core.dryrun.memory import Memory, size_of
 from vtp_core.dryrun.notes import Collective
@@ -20,6 +21,7 @@ from vtp_core.exporters import exporters_of
 from vtp_core.inputs import Inputs, Signals
 from vtp_core.layout import Layout
 from vtp_core.planner import Node, Plan
+from vtp_core.rows import check_rows
 from vtp_core.stack import Stack
 from vtp_plugins.protocols import Dataset
 
@@ -57,6 +59,8 @@ class Costs:
         checkpoint_whole: bytes of all processes together.
         sharded: owners whose weights are dealt over the processes.
         announced: what the run will say of its processes.
+        captions: view of texts -> ids of a caption that are counted, and of its context.
+        texts: captions of the data that these are the longest of; 0 where they fill their context.
     """
 
     plan: Plan
@@ -76,6 +80,8 @@ class Costs:
     checkpoint_whole: int = 0
     sharded: list[str] = field(default_factory=list)
     announced: list[str] = field(default_factory=list)
+    captions: dict[str, tuple[int, int]] = field(default_factory=dict)
+    texts: int = 0
 
     @property
     def forward_flops(self) -> int:
@@ -110,20 +116,24 @@ def cost(
         StackFault: the batch does not divide, or whatever else building and planning find.
     """
     plans, given = blueprint(stack), (0, 0)
+    check_rows(stack, world)
     if plans.generator is not None:
         dataset = dataset or dataset_factory(stack, spec_of(plans))(None)
         given = conditioning(stack, dataset, exporters_of(stack, None, "cpu"))
     provided = frozenset() if dataset is None else dataset.provides
+    texts = captions_of(plans, dataset)
     left_out: dict[str, str] = {}
     with processes(world):
         while True:
             with META:
                 model = build(plans, *given)
             engine = Rehearsal(model, stack.train, stack.data.batch_size, provided, left_out)
-            inputs = inputs_of(model, engine.layout, dataset)
+            inputs = inputs_of(model, engine.layout, dataset, texts)
             try:
                 engine.rehearse(inputs)
-                return _costs(engine, inputs, left_out, shared), engine.layout
+                found = _costs(engine, inputs, left_out, shared)
+                found.captions, found.texts = lengths(model, inputs), len(texts)
+                return found, engine.layout
             except LeftOut as fault:
                 if isinstance(
                     fault.who, Node

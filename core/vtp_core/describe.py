@@ -100,10 +100,17 @@ def _sums(costs: Costs, layout: Layout) -> str:
         f"rows           {', '.join(f'{name} {count:,}' for name, count in layout.rows.items())}",
     ]
     lines += [f"weights        {line}" for line in costs.announced[1:]]
+    lines += [f"captions       {_long(costs, *ids)}" for ids in dict.fromkeys(costs.captions.values())]
     lines += [f"left out       {name}: {reason}" for name, reason in costs.left_out.items()]
     if costs.bounded:
         lines.append(f"upper bound    {', '.join(costs.bounded)}: picks by value; all is counted as picked")
     return "\n".join(lines)
+
+
+def _long(costs: Costs, ids: int, context: int) -> str:
+    if costs.texts:
+        return f"{ids} of {context} ids, as the longest of the first {costs.texts:,} of the data"
+    return f"all {context} ids: the data does not tell them without its pictures"
 
 
 def _sent(costs: Costs) -> str:
@@ -135,6 +142,8 @@ def _data(costs: Costs, layout: Layout) -> Mapping[str, Any]:
                   "sent": round(costs.sent_bytes())},
         "batch": {"images": layout.batch_size, "processes": layout.world, "micro_batches": layout.accumulate,
                   "rows": layout.batch_size // (layout.world * layout.accumulate), "rows_by_objective": layout.rows},
+        "captions": {view: {"ids": ids, "context": context, "read": costs.texts}
+                     for view, (ids, context) in costs.captions.items()},
         "announced": costs.announced, "left_out": costs.left_out, "upper_bound": costs.bounded,
     }  # fmt: skip
 

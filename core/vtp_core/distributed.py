@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import time
 from collections.abc import Iterable, Sequence
 from datetime import timedelta
 from typing import Any
@@ -12,16 +11,17 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed import TCPStore  # type: ignore[attr-defined]
-from torch.distributed.distributed_c10d import PrefixStore, Store
+from torch.distributed.distributed_c10d import PrefixStore
 
-from vtp_core.errors import Fault, StackFault
+from vtp_core import joining
+from vtp_core.errors import Fault
+from vtp_core.joining import launched as launched
 from vtp_core.peers import PULSE, PeerFault
 
 _BUCKET = 64 * 2**20  # bytes
-_ARRIVAL = 300.0  # seconds that a start may take at least: machines read libraries at different speeds
 _SLACK = 30.0  # seconds that NCCL, which would end the process itself, leaves to the heartbeat
 _ASKED, _INTERRUPTED, _FAULT = 1, 2, 3  # what a process says at an agreement; the largest number holds
+_attempt: joining.Attempt | None = None  # in which this process met the others
 
 
 def world_size() -> int:
@@ -35,15 +35,17 @@ def rank() -> int:
 
 
 def restarts() -> int:
-    """How often torchrun has started this run's processes again."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+    """How often the launcher has started all processes of this run again; the same on every process."""
+    return _attempt.number if _attempt else 0
+
+
+def job() -> str | None:
+    """Name of everything that this process's launcher starts; None of a process that was started alone."""
+    return _attempt.job if _attempt else None
 
 
 def start(device: torch.device, timeout: float = 600.0) -> None:
-    """Join the other processes when torchrun started this one; verdicts travel over gloo on any device.
-
-    Every attempt of torchrun has keys of its own in the launcher's store: with those of the last one,
-    processes would meet addresses of the dead.
+    """Join the other processes when a launcher started this one; verdicts travel over gloo on any device.
 
     Args:
         device: where the run computes.
@@ -51,20 +53,21 @@ def start(device: torch.device, timeout: float = 600.0) -> None:
 
     Raises:
         PeerFault: some processes did not come.
+        StackFault: the launcher's variables are incomplete or wrong.
     """
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    if world == 1 or dist.is_initialized():
+    global _attempt
+    rank, world = joining.place()
+    if dist.is_initialized() or (world == 1 and (_attempt or not launched())):
         return
-    rank = int(_variable("RANK"))
-    cuda = device.type == "cuda"
+    cuda = world > 1 and device.type == "cuda"
     if cuda:
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    store = PrefixStore(f"vtp/attempt-{restarts()}", _store(rank, timeout))
-    _assemble(store, rank, world, max(timeout, _ARRIVAL))
-    dist.init_process_group(
-        "cpu:gloo,cuda:nccl" if cuda else "gloo", store=PrefixStore("c10d", store), rank=rank,
-        world_size=world, timeout=timedelta(seconds=timeout + _SLACK * cuda),
-    )  # fmt: skip
+        torch.cuda.set_device(joining.whole("LOCAL_RANK") if "LOCAL_RANK" in os.environ else 0)
+    _attempt = joining.join(rank, world, timeout)
+    if world > 1:
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if cuda else "gloo", store=PrefixStore("c10d", _attempt.own), rank=rank,
+            world_size=world, timeout=timedelta(seconds=timeout + _SLACK * cuda),
+        )  # fmt: skip
 
 
 def command() -> list[str]:
@@ -77,44 +80,6 @@ def command() -> list[str]:
     return ["torchrun", *nodes, f"--nproc-per-node={local}", "-m", "vtp_core"]
 
 
-def _variable(name: str) -> str:
-    if name not in os.environ:
-        raise StackFault(
-            f"WORLD_SIZE is set in the environment, {name} is not; start several processes with: "
-            "torchrun --nproc-per-node N -m vtp_core train STACK"
-        )
-    return os.environ[name]
-
-
-def launched() -> bool:
-    """Whether a launcher outlives the processes and keeps a store for them."""
-    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-
-
-def _store(rank: int, timeout: float = _ARRIVAL) -> Store:
-    """The store that processes meet at: the launcher's, else the first process's own."""
-    store: Store = TCPStore(
-        _variable("MASTER_ADDR"), int(_variable("MASTER_PORT")), is_master=rank == 0 and not launched(),
-        timeout=timedelta(seconds=max(timeout, _ARRIVAL)), wait_for_workers=False, multi_tenant=True,
-    )  # fmt: skip
-    return store
-
-
-def _assemble(store: Store, rank: int, world: int, patience: float) -> None:
-    """Wait until every process is there, in turns between which signals are heard."""
-    keys, until, nap = [f"here/{other}" for other in range(world)], time.monotonic() + patience, 0.02
-    store.set(keys[rank], "")
-    while not store.check(keys):
-        if time.monotonic() > until:
-            absent = [str(other) for other, key in enumerate(keys) if not store.check([key])]
-            raise PeerFault(
-                f"process {', '.join(absent)} of {world} did not come within {patience:.0f} s; start the run again",
-                75,
-            )
-        time.sleep(nap)
-        nap = min(2 * nap, 0.5)
-
-
 def remember(number: int, run: str) -> None:
     """Leave a run's directory with the launcher, for the processes that it starts when these have died.
 
@@ -122,18 +87,18 @@ def remember(number: int, run: str) -> None:
         number: of the run, as a program may train several one after another.
         run: its directory.
     """
-    if launched():
-        PrefixStore("vtp", _store(-1)).set(f"run-{number}", f"{restarts()} {run}")
+    if _attempt:
+        _attempt.remember(number, run)
 
 
-def begun(number: int) -> str | None:
-    """The directory of the run that an earlier attempt of this launcher began; the same on every process."""
-    if not restarts() or not launched():
-        return None
-    store = PrefixStore("vtp", _store(-1))
-    found = store.get(f"run-{number}").decode() if store.check([f"run-{number}"]) else ""
-    attempt, _, run = found.partition(" ")
-    return run if run and int(attempt) < restarts() else None  # another process of this one may be quicker
+def begun(number: int) -> tuple[str | None, bool]:
+    """The directory that an earlier attempt of this launcher claimed, and whether it made a run in it.
+
+    All processes learn the same, of the first one, when they join.
+    """
+    if _attempt is None:
+        return None, False
+    return _attempt.runs.get(str(number)), str(number) in _attempt.made
 
 
 @torch.no_grad()
@@ -235,7 +200,7 @@ def verdict(asked: int | None = None, fault: Fault | None = None) -> int | Fault
     if found == _FAULT:
         said = gathered(None if fault is None else (fault.code, str(fault)))
         rank, (code, text) = next((rank, pair) for rank, pair in enumerate(said) if pair is not None)
-        return fault if fault is not None else PeerFault(f"process {rank} failed: {text}", code)
+        return fault if fault is not None else PeerFault(f"process {rank} failed: {text}", code, known=True)
     return {0: None, _ASKED: asked or signal.SIGTERM, _INTERRUPTED: signal.SIGINT}[found]
 
 

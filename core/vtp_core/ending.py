@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 from typing import TYPE_CHECKING, Any
 
-from vtp_core import distributed
+from vtp_core import agreement, distributed
+from vtp_core.agreement import Drifted
 from vtp_core.attribution import parts_of, translated
 from vtp_core.errors import Fault, StorageFault
 from vtp_core.peers import PeerFault
@@ -24,7 +25,7 @@ class Ending:
 
     def __init__(self, run: Training) -> None:
         self.run = run
-        run.heart.farewell = self._farewell
+        run.heart.ending = self._farewell
 
     def meant(self, error: BaseException) -> Fault | None:
         """The fault that an exception is; None for one of ours."""
@@ -32,19 +33,21 @@ class Ending:
         parts = parts_of(run.model, run.probes, run.hooks, run.dataset)
         return translated(error, parts, run.inside)
 
-    def stopped(self) -> Preempted:
-        """A signal came: save what may be saved, unless a second one asked for haste."""
+    def stopped(self) -> Fault:
+        """A signal came: save what may be saved, unless a second one asked for haste, or replicas have drifted."""
         run = self.run
         assert run.stopping.asked is not None
         code, step = Interrupted(run.stopping.asked).code, run.engine.steps_done
         if run.together.united:
             if self._unsaved() and not run.stopping.twice:
                 with contextlib.suppress(Interrupted), handled(run.stopping):
-                    self._save()
+                    if (drift := self._save()) is not None:
+                        return self._told(drift)
         else:
             run.heart.post("it was asked twice to stop", code)
         self._leave("preempted")
-        return Preempted(f"stopped at step {step}; {run.saver.way_on(run.stack.registry)}", code)
+        stopped = f"stopped at step {step}; {run.saver.way_on(run.stack.registry)}"
+        return Preempted(stopped, code, known=run.together.united)
 
     def failed(self, error: BaseException) -> Fault | None:
         """The fault that an exception is, with how to go on; None for one of ours."""
@@ -54,7 +57,8 @@ class Ending:
             fault = run.heart.explained(error, fault)
         elif self._unsaved() and getattr(fault, "code", 0) != StorageFault.code:
             with contextlib.suppress(StorageFault):
-                self._save()
+                if (drift := self._save()) is not None and fault is not None:
+                    fault.add_note(str(drift))
         finished = run.engine.rank == 0 and run.directory.finished
         if finished:
             way_on = "the run itself is complete"
@@ -69,15 +73,25 @@ class Ending:
         """Whether what is in memory is worth a checkpoint and fit for one."""
         return not self.run.inside and self.run.engine.steps_done not in (0, self.run.saver.saved)
 
-    def _save(self) -> None:
-        """Save with all processes, if none of them has gone meanwhile."""
+    def _save(self) -> Drifted | None:
+        """Save with all processes, if none of them has gone meanwhile; the fault if what they hold is not the same."""
         try:
+            agreement.certify(self.run.engine)
             self.run.save(last=True)
+        except Drifted as drift:
+            return drift
         except PeerFault:
             pass
         except RuntimeError as error:
             if not distributed.of_collective(error):
                 raise
+        return None
+
+    def _told(self, fault: Fault) -> Fault:
+        """Record a fault, and say how to go on."""
+        self._leave("failed", fault=str(fault))
+        fault.add_note(self.run.saver.way_on(self.run.stack.registry, fault))
+        return fault
 
     def _leave(self, status: str, **more: Any) -> None:
         """Record how the run stands; of several processes each goes by itself from here on."""

@@ -18,11 +18,12 @@ from typing import Any, TypeVar
 
 from torch.distributed.distributed_c10d import PrefixStore, Store, _get_default_store
 
-from vtp_core import distributed
+from vtp_core import distributed, farewell, suspects
 from vtp_core.attribution import translated
 from vtp_core.errors import Fault
-from vtp_core.peers import PULSE, Beat, Verdict, silent, told
+from vtp_core.peers import PULSE, Beat, Verdict
 from vtp_core.stopping import ECHO, SIGNALS
+from vtp_core.whereabouts import look
 
 T = TypeVar("T")
 BEAT = 1.0  # seconds between two signs of life
@@ -47,15 +48,17 @@ class Heart:
 
     Attributes:
         calm: whether the main thread ends the run itself, so that only the time-out is watched.
-        farewell: told why the process is ended from its thread; returns the last line of the message.
+        ending: told why the process is ended from its thread; returns the last line of the message.
     """
 
     def __init__(self, timeout: float, slack: float = 5.0) -> None:
         self.rank, self.world = distributed.rank(), distributed.world_size()
         self.patience, self.calm = timeout + slack, False
-        self.farewell: Callable[[str], str] = lambda text: ""
+        self.ending: Callable[[str], str] = lambda text: ""
         self._verdict: Verdict | None = None
         self._seen = self._asked = self._again = float("inf")  # when the verdict, a signal, another one came
+        self._due = float("inf")  # when to see whether the signal has had its effect
+        self._main, self._at = threading.get_ident(), ("", False)
         self._lost, self._dead = False, list[int]()
         self._keeper = self.rank == 0 and not distributed.launched()  # of the store
         self._ended = threading.Event()
@@ -128,7 +131,7 @@ class Heart:
             return fault
         self.calm = True
         if distributed.of_collective(error):
-            return self._found().for_peer()
+            return self._found().for_peer(self.rank)
         code = 1 if fault is None else fault.code
         self.post(str(fault or f"unexpected {type(error).__name__}: {error}"), code)
         return fault
@@ -159,19 +162,8 @@ class Heart:
         second = self._beats()
         if first is None or second is None:
             return self._unkept()
-        self._dead = [r for r in second if r != self.rank and silent(first[r], second[r])]
-        if self._dead:
-            named = "; ".join(told(r, second[r], "is dead or stopped; it was last seen") for r in self._dead)
-            return f"{named}; process {self.rank} is {PULSE.doing}"
-        alive = {r: beat for r, beat in second.items() if beat is not None}
-        least = min(beat.collectives for beat in alive.values())
-        late = {r: beat for r, beat in alive.items() if beat.collectives == least}
-        if len(late) == len(alive):
-            return (
-                f"the processes wait for one another, though all are alive: each is {alive[self.rank].doing}"
-            )
-        lines = [told(r, beat, "hangs and the others wait for it; it is") for r, beat in late.items()]
-        return "; ".join(f"{line} for {late[r].idle:.0f} s" for r, line in zip(late, lines, strict=True))
+        self._dead = suspects.dead(self.rank, first, second)
+        return suspects.named(self.rank, first, second)
 
     def _unkept(self) -> str:
         keeper = "the launcher" if distributed.launched() else "process 0"
@@ -203,12 +195,11 @@ class Heart:
     def _beating(self) -> None:
         try:
             self._beat_on(self._store.clone())
-        except (
-            RuntimeError
-        ):  # without its keeper nobody can be told anything; a launcher's end is seen elsewhere
-            self._lost = True
+        except RuntimeError:  # without its keeper nobody can be told anything
+            self._lost = True  # a launcher's end is seen elsewhere
             if self._verdict is None and not distributed.launched():
-                self._seen, self._verdict = time.monotonic(), Verdict(0, self._unkept(), 75, own=False)
+                found = Verdict(self.rank, self._unkept(), 75, own=False)
+                self._seen, self._verdict = time.monotonic(), found
 
     def _beat_on(self, store: Store) -> None:
         host = socket.gethostname()
@@ -217,8 +208,13 @@ class Heart:
             idle = time.monotonic() - PULSE.since
             if self._verdict is None and store.check(["verdict"]):
                 self._seen, self._verdict = time.monotonic(), Verdict(**json.loads(store.get("verdict")))
-            informed = self._verdict is not None
-            beat = Beat(number, PULSE.doing, PULSE.collectives, idle, host, left, informed)
+            if not self.calm:  # else it has come out of the collective, and looks who did not come
+                self._at = look(self._main)
+            where, waits = self._at
+            beat = Beat(
+                number, PULSE.doing, PULSE.collectives, idle, host, PULSE.brief, where, waits or self.calm, left,
+                told=self._verdict is not None,
+            )  # fmt: skip
             store.set(f"beat/{self.rank}", json.dumps(asdict(beat)))
             if left:
                 return
@@ -242,28 +238,35 @@ class Heart:
             for number in os.read(self._ears, 64) if self._ears >= 0 else b"":
                 now = time.monotonic()
                 if number in SIGNALS:
-                    self._asked = min(self._asked, now)
+                    self._asked, self._due = min(self._asked, now), min(self._due, now + GRACE)
                     if now > self._asked + ECHO:
                         self._again = min(self._again, now)
 
     def _hangs(self) -> bool:
-        """Whether nothing has moved for too long, once the run is asked to stop or where others are waited for."""
+        """Whether nothing has moved for too long, once the run is asked to stop or where others are waited for.
+
+        A save and a measurement may take their time after a signal, here and where others wait for them.
+        """
         now = time.monotonic()
         idle = now - PULSE.since
         if PULSE.limited and idle > self.patience:
             return True
         if now - self._again > HASTE and idle > HASTE:
             return True
-        return not self.calm and now - self._asked > GRACE and idle > max(GRACE, 2 * PULSE.longest)
+        if self.calm or not PULSE.brief or now < self._due or idle < max(GRACE, 2 * PULSE.longest):
+            return False
+        self._due = now + GRACE
+        return all(beat.brief for beat in suspects.hanging(self._beats() or {}).values())
 
     def _leave(self, verdict: Verdict) -> None:
         """End this process from its thread, as its main thread can't."""
         if self._ended.is_set():
             return
         self._ended.set()
-        fault = verdict.for_peer() if verdict.rank != self.rank else Fault(verdict.text)
-        last = _within(_ANSWER, lambda: self.farewell(str(fault))) or ""
-        os.write(2, f"vtp: {fault}\n{last}".rstrip("\n").encode() + b"\n")
+        fault = verdict.for_peer(self.rank) if verdict.rank != self.rank else Fault(verdict.text)
+        text = farewell.words(fault, _within(_ANSWER, lambda: self.ending(str(fault))) or "")
+        os.write(2, f"vtp: {text}\n".encode())
+        farewell.leave(f"vtp: {text}", fault)
         for child in multiprocessing.active_children():
             child.kill()
         self._linger()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from fractions import Fraction
 from typing import Any
 
 import torch
@@ -17,6 +16,7 @@ from vtp_core.errors import PluginFault, StackFault, suggestion
 from vtp_core.inputs import Inputs
 from vtp_core.options import Optim, steps_of
 from vtp_core.planner import Plan, Reader, family, plan
+from vtp_core.rows import rows_of
 from vtp_plugins.needs import Need
 from vtp_plugins.objective import AdversarialObjective
 
@@ -46,7 +46,8 @@ class Layout:
     ) -> None:
         self.model, self.batch_size, self.world, self.accumulate = model, batch_size, world, accumulate
         self.provided = provided
-        self.rows = {name: self._rows(name) for name in model.objectives}
+        shares = {name: keys.rows for name, keys in model.settings.items()}
+        self.rows = rows_of(shares, batch_size, world, accumulate)
         self.samplers = self._samplers()
         needs = [need for objective in model.objectives.values() for need in objective.needs.values()]
         condition = {model.condition} if model.condition else set()
@@ -55,27 +56,6 @@ class Layout:
         self.crop_free = frozenset(name for name, view in model.views.items() if view.crops is None)
         self._check()
         self.optim = {owner: self._optim(owner) for owner in model.modules()}
-
-    def _rows(self, name: str) -> int:
-        """Rows of one micro-batch of one process that an objective reads."""
-        share, parts = self._share(name), self.world * self.accumulate
-        rows = share * self.batch_size
-        if rows % parts or self.batch_size % parts:
-            shares = [self._share(other) for other in self.model.objectives]
-            step = math.lcm(parts, *((parts / s).numerator for s in shares))  # parts divides s x multiples
-            near = sorted({max(self.batch_size // step, 1) * step, (self.batch_size // step + 1) * step})
-            raise StackFault(
-                f"objectives.{name}.rows: {float(share):g} x data.batch_size {self.batch_size} = "
-                f"{float(rows):g} rows, which do not divide by {self.world} processes x {self.accumulate} "
-                f"micro-batches; use data.batch_size={' or '.join(map(str, near))}"
-            )
-        return int(rows) // parts
-
-    def _share(self, name: str) -> Fraction:
-        """``rows`` as a fraction: 0.333 means a third."""
-        rows = self.model.settings[name].rows
-        near = Fraction(rows).limit_denominator(128)
-        return near if abs(near - rows) < 2e-3 * rows else Fraction(rows).limit_denominator(1_000_000)
 
     def _samplers(self) -> dict[str, Any]:
         """Mask samplers by name; equal definitions merge."""

@@ -16,11 +16,12 @@ class PeerFault(Fault):
     Args:
         message: names that process and what befell it.
         code: exit code of its fault; 75 of one that died or hangs, as the run can be resumed.
+        known: whether another process says the same.
     """
 
-    def __init__(self, message: str, code: int) -> None:
+    def __init__(self, message: str, code: int, known: bool = False) -> None:
         super().__init__(message)
-        self.code = code
+        self.code, self.known = code, known
 
 
 class Pulse:
@@ -30,18 +31,20 @@ class Pulse:
         doing: in words that follow "process 1 is".
         collectives: entered so far; a process that hangs has entered fewer than those that wait for it.
         limited: whether ``train.timeout`` limits this: others wait, or this process waits for them.
+        brief: whether this is cut short if it does not end soon after a signal; a save or a measurement is not.
         since: when any of it changed, on the monotonic clock.
         longest: seconds that a step has computed between two collectives, so far.
     """
 
     def __init__(self) -> None:
-        self.doing, self.collectives, self.limited = "starting", 0, False
+        self.doing, self.collectives = "starting", 0
+        self.limited = self.brief = False
         self.since, self.longest = time.monotonic(), 0.0
 
-    def now(self, doing: str, limited: bool = False) -> None:
+    def now(self, doing: str, limited: bool = False, brief: bool = False) -> None:
         """Something else begins."""
         self._beat(self.limited)
-        self.doing, self.limited = doing, limited
+        self.doing, self.limited, self.brief = doing, limited, brief
 
     @contextlib.contextmanager
     def collective(self) -> Iterator[None]:
@@ -72,6 +75,9 @@ class Beat:
 
     Attributes:
         idle: how long the process has been doing what it says, in seconds.
+        brief: whether that is cut short if it does not end soon after a signal.
+        where: the line of code it is at.
+        waits: whether it is inside a collective, or comes from one that failed.
         left: whether it has gone in order.
         told: whether it knows why the run ends.
     """
@@ -81,6 +87,9 @@ class Beat:
     collectives: int
     idle: float
     host: str
+    brief: bool = False
+    where: str = ""
+    waits: bool = False
     left: bool = False
     told: bool = False
 
@@ -101,17 +110,7 @@ class Verdict:
     code: int
     own: bool
 
-    def for_peer(self) -> PeerFault:
-        return PeerFault(f"process {self.rank} failed: {self.text}" if self.own else self.text, self.code)
-
-
-def silent(first: Beat | None, second: Beat | None) -> bool:
-    """Whether a process gave no sign of life between two looks, though it has not left."""
-    return second is None or (first is not None and first.number == second.number and not second.left)
-
-
-def told(rank: int, beat: Beat | None, state: str) -> str:
-    """A process, what befell it, and what it was doing at its last sign of life."""
-    if beat is None:
-        return f"process {rank} has never given a sign of life"
-    return f"process {rank} ({beat.host}) {state} {beat.doing}"
+    def for_peer(self, rank: int) -> PeerFault:
+        """The same to process ``rank``."""
+        text = f"process {self.rank} failed: {self.text}" if self.own else self.text
+        return PeerFault(text, self.code, known=self.rank != rank)

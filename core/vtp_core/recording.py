@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 from vtp_core import distributed
@@ -17,16 +18,35 @@ from vtp_core.stack import Stack
 from vtp_plugins.protocols import Dataset
 
 
-def create(stack: Stack, dataset: Dataset, world: int) -> RunDirectory:
-    """Make the directory of a run that begins, with its plan and the names behind its data's labels."""
+def create(
+    stack: Stack, dataset: Dataset, world: int, place: Path | None, claimed: Callable[[Path], object]
+) -> RunDirectory:
+    """Make the directory of a run that begins, with its plan and the names behind its data's labels.
+
+    Args:
+        stack: to train.
+        dataset: to train on.
+        world: number of processes.
+        place: directory that an earlier attempt claimed, None where there was none.
+        claimed: told of the directory before anything is in it.
+    """
+    path = place or (Path(stack.run.dir) if stack.run.dir else None)
+    data, job = dataset.fingerprint(), distributed.job()
+    directory = RunDirectory.create(
+        path, stack.config, stack.name, seed=stack.train.seed, data=data, job=job, claimed=claimed
+    )
+    complete(directory, stack, dataset, world)
+    return directory
+
+
+def complete(directory: RunDirectory, stack: Stack, dataset: Dataset, world: int) -> None:
+    """Write plan and names, which a run lacks whose first process died while making it."""
+    if (directory.path / "names.json").is_file():
+        return
     page = plan(stack, world, dataset)
-    path = Path(stack.run.dir) if stack.run.dir else None
-    data = dataset.fingerprint()
-    directory = RunDirectory.create(path, stack.config, stack.name, seed=stack.train.seed, data=data)
     directory.write("plan.txt", str(page))
     directory.write("plan.json", json.dumps(page.data, indent=1))
     directory.write("names.json", encode_names(dataset.names))
-    return directory
 
 
 def note_running(directory: RunDirectory, resumed_at: int | None) -> None:
@@ -42,7 +62,7 @@ def note_running(directory: RunDirectory, resumed_at: int | None) -> None:
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     entry = {"step": resumed_at, "at": now, "processes": distributed.world_size()}
     if distributed.restarts():
-        entry["restart"] = distributed.restarts()  # of torchrun's, as it counts them
+        entry["restart"] = distributed.restarts()  # of all processes
     earlier = directory.record().get("resumed", [])
     directory.mark("running", fault=None, resumed=[*earlier, entry])
 

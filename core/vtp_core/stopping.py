@@ -20,11 +20,12 @@ class Preempted(Fault):
     Args:
         message: what is saved, and how to go on.
         code: exit code, 75 or 130.
+        known: whether all processes say the same.
     """
 
-    def __init__(self, message: str, code: int) -> None:
+    def __init__(self, message: str, code: int, known: bool = False) -> None:
         super().__init__(message)
-        self.code = code
+        self.code, self.known = code, known
 
 
 class Interrupted(BaseException):

@@ -34,9 +34,15 @@ class Together:
         self.united = self.alone
         stopping.pause = self.agree
 
-    def begins(self, what: str, limited: bool = False) -> None:
-        """Tell the others what this process does; where it is limited, ``train.timeout`` holds for it too."""
-        PULSE.now(what, limited)
+    def begins(self, what: str, limited: bool = False, brief: bool = False) -> None:
+        """Tell the others what this process does.
+
+        Args:
+            what: in words that follow "process 1 is".
+            limited: whether ``train.timeout`` holds for it by itself, not only for those who wait for it.
+            brief: whether it is cut short if it does not end soon after a signal; other work is finished first.
+        """
+        PULSE.now(what, limited, brief)
 
     def __call__(self, work: Callable[[], T], hear: bool = True) -> T:
         """What ``work`` returns, if it fails on no process; all of them call this in the same order.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -30,40 +29,10 @@ from vtp_core.run.directory import RunDirectory
 from vtp_core.run.metrics import JsonLines
 from vtp_core.run.progress import Progress
 from vtp_core.saving import Saver
-from vtp_core.stack import Stack, load_run_stack
+from vtp_core.stack import Stack
 from vtp_core.stopping import Interrupted, Stopping, handled
 from vtp_core.together import Together
 from vtp_core.trial import check_sampler
-
-_RUNS = itertools.count()  # that this process has begun
-
-
-def train(stack: Stack, resume: Path | None = None) -> RunDirectory:
-    """Train a stack to its last step.
-
-    Args:
-        stack: loaded with :func:`vtp_core.load_stack`.
-        resume: a run directory of this very stack, continued from its newest valid checkpoint.
-
-    Returns:
-        The run directory, with metrics, probes, checkpoints and, where a hook writes one, the report.
-
-    Raises:
-        StackFault, PluginFault, DataFault, NonFinite, MemoryFault, StorageFault: see ``vtp_plugins.errors``.
-        Preempted: SIGTERM, SIGINT or another signal that ends processes came; the run can be continued.
-        PeerFault: another process of the run failed, died or hangs. With several processes signals are ignored
-            from any of these on, as the launcher sends them to whoever leaves after the first.
-    """
-    return begin(stack, resume).run()
-
-
-def begin(stack: Stack, resume: Path | None = None) -> Training:
-    """A run that is ready to train; the one begun already if torchrun has started these processes again."""
-    number = next(_RUNS)
-    if resume is None and (found := distributed.begun(number)) is not None:
-        resume = Path(found)
-        stack = load_run_stack(resume, stack.registry)
-    return Training(stack, resume, lambda path: distributed.remember(number, str(path)))
 
 
 class Training:
@@ -72,13 +41,18 @@ class Training:
     Args:
         stack: what to train.
         resume: a run directory of this very stack.
-        made: told of the run's directory as soon as there is one.
+        made: told of the run's directory as soon as it is claimed.
+        place: directory that an earlier attempt claimed for this run and died.
     """
 
     def __init__(
-        self, stack: Stack, resume: Path | None = None, made: Callable[[Path], object] = lambda path: None
+        self,
+        stack: Stack,
+        resume: Path | None = None,
+        made: Callable[[Path], object] = lambda path: None,
+        place: Path | None = None,
     ) -> None:
-        self.began, self.made = time.perf_counter(), made
+        self.began, self.made, self.place = time.perf_counter(), made, place
         self.keys = stack.train
         self.device = device_of(self.keys.device)
         distributed.start(self.device, self.keys.timeout)
@@ -134,12 +108,20 @@ class Training:
     def _open(self, resume: Path | None) -> RunDirectory:
         """The first process makes or locks the directory; the others are told where it is."""
         if self.engine.rank == 0:
-            made = (self.stack, self.dataset, self.engine.world)
-            directory = RunDirectory.open(resume, write=True) if resume else recording.create(*made)
-            self.made(directory.path)
+            directory = self._opened(resume)
             distributed.told(str(directory.path))
             return directory
         return RunDirectory.open(Path(distributed.told(None)))
+
+    def _opened(self, resume: Path | None) -> RunDirectory:
+        what = (self.stack, self.dataset, self.engine.world)
+        if resume is None:
+            return recording.create(*what, self.place, self.made)
+        directory = RunDirectory.open(resume, write=True, job=distributed.job())
+        self.made(directory.path)
+        if self.place:
+            recording.complete(directory, *what)
+        return directory
 
     def _restore(self) -> int:
         """Load the newest valid checkpoint; a run that never wrote one begins again."""
@@ -225,7 +207,7 @@ class Training:
             self._measure(self.start)  # the run stopped before it could
         for _ in range(self.start, self.keys.steps):
             began = time.perf_counter()
-            self.together.begins(f"waiting for the data of step {self.engine.steps_done + 1}")
+            self.together.begins(f"waiting for the data of step {self.engine.steps_done + 1}", brief=True)
             batch = self.together(lambda: self._next(batches))
             self._step(batch, began)
             self.stopping.check()
@@ -253,7 +235,7 @@ class Training:
         """One step and its row; what comes between them must not be saved."""
         fetched = time.perf_counter()
         self.inside = self.engine.steps_done + 1
-        self.together.begins(f"in step {self.inside}", limited=True)
+        self.together.begins(f"in step {self.inside}", limited=True, brief=True)
         row = self.engine.step(self._inputs(batch))
         agreement.check(self.engine)
         self._log(row, began, fetched)

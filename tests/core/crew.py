@@ -101,14 +101,21 @@ class Crew:
 
 
 class Launch:
-    """``torchrun ... -m vtp_core ARGUMENTS``, in a session of its own."""
+    """``torchrun ... -m vtp_core ARGUMENTS``, in a session of its own; ``meet``: how launchers find each other."""
 
-    def __init__(self, folder: Path, *arguments: str, world: int = 2, options: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *arguments: str,
+        world: int = 2,
+        options: Sequence[str] = (),
+        meet: Sequence[str] = ("--standalone",),
+    ) -> None:
         torchrun = [
             sys.executable,
             "-m",
             "torch.distributed.run",
-            "--standalone",
+            *meet,
             f"--nproc-per-node={world}",
         ]
         self.output, self._mark = folder / "output", f"CREW={uuid.uuid4()}"

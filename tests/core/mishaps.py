@@ -13,6 +13,7 @@ from torch import Tensor
 
 from vtp_core.data.order import permutation
 from vtp_core.data.views import Plain
+from vtp_core.peers import PULSE
 from vtp_plugins import Clock, Need, Objective, Outputs, Spec
 from vtp_plugins.hookspecs import hookimpl
 
@@ -68,6 +69,22 @@ class Mishap(Objective):
         return {"size": size}
 
 
+class Heavy(Objective):
+    """Makes each checkpoint take a quarter of a minute in the process that writes it."""
+
+    def __init__(self, spec: Spec) -> None:
+        super().__init__()
+        self.needs, self.views = {"x": Need("image", "cls")}, {"image": Plain(spec)}
+        self.register_state_dict_pre_hook(self._written)
+
+    def forward(self, got: dict[str, Outputs], clock: Clock) -> dict[str, Tensor]:
+        return {"size": got["x"]["cls"].float().square().mean()}
+
+    def _written(self, *_: Any) -> None:
+        if PULSE.doing.startswith("saving") and os.environ.get("RANK") == "0":
+            time.sleep(15)
+
+
 class Hook:
     """Goes wrong in one process after a step."""
 
@@ -76,24 +93,31 @@ class Hook:
 
     @hookimpl
     def vtp_step_end(self, engine: Any, clock: Clock, metrics: Mapping[str, float]) -> None:
-        if metrics["step"] + 1 == self.at:
+        if metrics["step"] + 1 != self.at:
+            return
+        if self.way == "drift":
+            weight = next(engine.model.encoder.parameters())
+            weight.data.view(-1)[0] += clock.rank
+        else:
             befall(self.way, self.rank)
 
 
 class Probe:
-    """Goes wrong in one process while it measures; or takes its time."""
+    """Goes wrong in one process while it measures; or takes its time, ``pause`` seconds a batch."""
 
     fields: frozenset[str] = frozenset()
 
-    def __init__(self, spec: Spec, *, way: str = "slow", rank: int = 1, rounds: int = 100) -> None:
-        self.way, self.rank, self.rounds = way, rank, rounds
+    def __init__(
+        self, spec: Spec, *, way: str = "slow", rank: int = 1, rounds: int = 100, pause: float = 0.1
+    ) -> None:
+        self.way, self.rank, self.rounds, self.pause = way, rank, rounds, pause
 
     def __call__(self, tokenizer: Any, bench: Any) -> list[Any]:
         if self.way != "slow":
             befall(self.way, self.rank)
             return []
         for _ in range(self.rounds):
-            time.sleep(0.1)
+            time.sleep(self.pause)
             next(iter(bench.images(bench.splits[0])))
         return []
 
@@ -154,7 +178,7 @@ class Cards:
 
 
 PLUGINS = {
-    "objectives": {"mishap": Mishap},
+    "objectives": {"mishap": Mishap, "heavy": Heavy},
     "hooks": {"mishap": Hook},
     "probes": {"mishap": Probe},
     "datasets": {"slides": Slides, "cards": Cards},

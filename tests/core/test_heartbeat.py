@@ -14,7 +14,7 @@ from vtp_core import distributed, heartbeat
 from vtp_core.errors import DataFault, Fault, NonFinite
 from vtp_core.heartbeat import Heart
 from vtp_core.peers import PULSE, PeerFault
-from vtp_core.stopping import Interrupted, Stopping
+from vtp_core.stopping import Interrupted, Stopping, handled
 from vtp_core.together import Together
 
 SLIDES = DataFault("data: slide 7 is torn")
@@ -115,6 +115,35 @@ def test_a_process_that_gives_signs_of_life_and_lags_behind_hangs(two: Pool) -> 
     found, _ = two(looked_for)
     who = f"process 1 ({os.uname().nodename}) hangs and the others wait for it"
     assert found.startswith(f"{who}; it is waiting for the data of step 7 for ")
+
+
+def asked_while(doing: tuple[str, str], seconds: float) -> str:
+    """A signal comes to both processes; one works, the other waits for it, longer than a step may take then."""
+    before = heartbeat.GRACE, heartbeat.STALE
+    heartbeat.GRACE, heartbeat.STALE = 0.5, 0.1
+    heart, stopping = Heart(60.0), Stopping(alone=False)
+    try:
+        with handled(stopping):
+            mine, step = doing[dist.get_rank()], doing[dist.get_rank()] == "in step 7"
+            PULSE.now(mine, limited=step, brief=step)
+            time.sleep(1.2 * heartbeat.BEAT)  # until the next sign of life tells it
+            PULSE.now(mine, limited=step, brief=step)
+            PULSE.longest = 0.0
+            os.kill(os.getpid(), signal.SIGTERM)
+            if dist.get_rank() == 0:
+                time.sleep(seconds)
+            distributed.agreed(False)
+            return PULSE.doing
+    finally:
+        heartbeat.GRACE, heartbeat.STALE = before
+        PULSE.collectives = 0
+        PULSE.now("starting")
+        heart.stop()
+
+
+@pytest.mark.parametrize("other", ["saving step 6", "in step 7"])
+def test_a_save_is_waited_for_after_a_signal(two: Pool, other: str) -> None:
+    assert two(asked_while, ("saving step 6", other), 1.5) == ["saving step 6", other]
 
 
 def test_one_process_needs_no_heart() -> None:

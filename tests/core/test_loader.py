@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import pytest
@@ -50,6 +50,26 @@ class Toy:
 
     def fingerprint(self) -> str:
         return "toy"
+
+
+class Faltering(Toy):
+    """One sample cannot be read the first time."""
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__()
+        self.error = error
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        if index == 3 and index not in self.reads:
+            self.reads.append(index)
+            raise self.error
+        return super().__getitem__(index)
+
+
+def caused(cause: OSError) -> BadSample:
+    error = BadSample("cannot be read", "3.png")
+    error.__cause__ = cause
+    return error
 
 
 def loader(dataset: Dataset | None = None, **options: Any) -> Loader:
@@ -139,6 +159,25 @@ def test_broken_samples_are_replaced_counted_and_named() -> None:
     assert "half a file" in used.quarantine["3.png"]
     again = [b.ids for b in loader(toy, stop=5, start=2, max_bad_fraction=1.0)]
     assert all(torch.equal(a, b.ids) for a, b in zip(again, batches[2:], strict=True))
+
+
+@pytest.mark.parametrize(
+    ("error", "again"),
+    [
+        (lambda: OSError("timed out"), True),
+        (lambda: caused(OSError(5, "Input/output error")), True),
+        (lambda: caused(OSError("image file is truncated")), False),
+        (lambda: BadSample("truncated", "3.png"), False),
+    ],
+    ids=["raised", "behind it", "a decoder's", "broken"],
+)
+def test_a_read_that_failed_is_tried_again_and_a_broken_sample_is_not(
+    error: Callable[[], Exception], again: bool
+) -> None:
+    toy = Faltering(error())
+    ids = torch.cat([b.ids for b in loader(toy, stop=10, max_bad_fraction=1.0)]).tolist()
+    assert 3 not in ids[:40]
+    assert (3 in ids[40:]) is again
 
 
 def test_too_many_broken_samples_stop_the_run_after_a_thousand() -> None:

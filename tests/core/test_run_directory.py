@@ -164,17 +164,14 @@ def test_a_lock_of_another_machine_is_believed_and_one_of_another_boot_is_not(tm
     assert path.read_text() == ""
 
 
-def test_a_lock_of_an_earlier_attempt_of_torchrun_is_taken_over(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_lock_of_an_earlier_attempt_of_the_same_job_is_taken_over(tmp_path: Path) -> None:
     """Its process may have been on another machine, where nobody can look."""
     path = tmp_path / ".lock"
     path.write_text(json.dumps({"pid": 1, "host": "elsewhere", "boot": "b", "started": "1", "job": "seven"}))
-    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "seven")
-    with pytest.raises(StackFault, match="process 1 on elsewhere"):
-        lock.Lock(path)
-    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
-    lock.Lock(path).release()
+    for job in (None, "eight"):
+        with pytest.raises(StackFault, match="process 1 on elsewhere"):
+            lock.Lock(path, job)
+    lock.Lock(path, "seven").release()
 
 
 def test_without_locks_of_the_file_system_the_record_decides(

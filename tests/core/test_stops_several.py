@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import random
+import re
 import signal
 import time
 from pathlib import Path
@@ -62,6 +64,16 @@ def test_a_signal_to_one_process_stops_all_at_one_step(
     tmp_path: Path, number: signal.Signals, rank: int, code: int, parallel: str
 ) -> None:
     asked(tmp_path, number, rank, code, 10, f"train.parallel={parallel}")
+
+
+def test_what_has_drifted_is_not_saved_when_a_signal_comes(tmp_path: Path) -> None:
+    with start(tmp_path, "hooks.mishap={way: drift, at: 3}") as crew:
+        until(lambda: rows(tmp_path / "run") >= 5)
+        crew.send(0, signal.SIGTERM)
+        assert crew.codes(WITHIN) == [75, 75]
+        assert "the processes differ in tokenizer/encoder" in crew.said(0)
+        assert "no checkpoint was written yet" in crew.said(0)
+    assert (saved(tmp_path), record(tmp_path)["status"]) == (None, "failed")
 
 
 def test_a_step_that_fails_in_one_process_ends_all_with_its_code(tmp_path: Path) -> None:
@@ -144,6 +156,27 @@ def test_a_signal_while_measuring_is_heard_between_two_batches(tmp_path: Path) -
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("changes", "step"),
+    [
+        (["objectives.heavy={}", "train.checkpoint_every=20"], 20),
+        (["probes.mishap={every: 20, rounds: 2, pause: 15}"], 20),
+    ],
+    ids=["save", "probe"],
+)
+def test_what_takes_long_is_finished_after_a_signal(tmp_path: Path, changes: list[str], step: int) -> None:
+    """A checkpoint, and what a probe computes on one batch; longer than a step or data may."""
+    with start(tmp_path, *changes) as crew:
+        until(lambda: rows(tmp_path / "run") >= step)
+        time.sleep(1.0)
+        for rank in range(2):
+            crew.send(rank, signal.SIGTERM)
+        assert crew.codes(60) == [75, 75]
+        assert f"stopped at step {step}; step {step} is saved" in crew.said(0)
+    assert (saved(tmp_path), rows(tmp_path / "run")) == (step, step)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 1])
 def test_data_that_hangs_in_one_process_does_not_keep_all_from_stopping(tmp_path: Path, workers: int) -> None:
     with start(tmp_path, "data.way=hang", f"data.workers={workers}", "train.checkpoint_every=2") as crew:
@@ -165,8 +198,9 @@ def test_data_that_hangs_in_one_process_does_not_keep_all_from_stopping(tmp_path
         (["objectives.mishap={way: hang, at: 3}"], "in step 4"),
         (["data.way=hang"], "waiting for the data of step 6"),
         (["probes.mishap={way: hang, every: 5}"], "measuring after step 5"),
+        (["objectives.mishap={way: hang, at: 3}", "train.parallel=fsdp2"], "in step 4"),
     ],
-    ids=["step", "data", "probe"],
+    ids=["step", "data", "probe", "fsdp2"],
 )
 def test_a_process_that_hangs_is_named_with_what_it_does(
     tmp_path: Path, changes: list[str], doing: str
@@ -174,7 +208,9 @@ def test_a_process_that_hangs_is_named_with_what_it_does(
     with start(tmp_path, "train.timeout=6", *changes) as crew:
         assert crew.codes(60) == [75, 75]
         for rank in range(2):
-            assert f") hangs and the others wait for it; it is {doing} for " in crew.said(rank)
+            who = f"process 1 ({os.uname().nodename}) hangs and the others wait for it; it is {doing} for "
+            assert who in crew.said(rank)
+            assert re.search(r" s, in mishaps.py line \d+ \(_sleep\)\n", crew.said(rank))
 
 
 @pytest.mark.slow

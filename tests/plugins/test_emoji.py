@@ -51,6 +51,7 @@ def test_samples_are_whole_and_their_names_agree() -> None:
         assert sample["image"].shape == (3, 64, 64)
         assert sample["image"].dtype == torch.uint8
         assert data.names["concept"][sample["concept"]] == sample["text"]
+        assert data.texts([i]) == [sample["text"]]
         assert set(sample) == data.fields
     with pytest.raises(IndexError):
         data[len(data)]

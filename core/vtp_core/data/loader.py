@@ -34,7 +34,8 @@ class Loader:
         start: first step.
         stop: step to end before; None goes on for ever.
         required: raw fields that a sample must have; one that lacks any is passed over and counted.
-        max_bad_fraction: share of broken samples, of 1,000 and more read, above which the run stops.
+        max_bad_fraction: share of broken samples, of 1,000 and more that this process has read, above which the
+            run stops. Processes do not add up what they have read: it would take a collective a step.
         hints: raw field -> what to write to do without it, quoted when every sample lacks it.
         pin_memory: put tensors into page-locked memory.
 

@@ -36,6 +36,15 @@ class BadSample(ValueError):
         return BadSample, (self.reason, self.name, self.detail)
 
 
+def of_disk(error: BaseException) -> bool:
+    """Whether a read failed that may succeed the next time; who remembers that passes over what others read.
+
+    What decoders make an ``OSError`` of has no number; a dataset may well raise one by itself that has none.
+    """
+    cause = error.__cause__
+    return isinstance(error, OSError) or (isinstance(cause, OSError) and cause.errno is not None)
+
+
 def decode(data: bytes, name: str, short_side: int = 0, max_pixels: int = MAX_PIXELS) -> Tensor:
     """A picture as (3, H, W) uint8.
 

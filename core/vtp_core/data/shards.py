@@ -15,7 +15,7 @@ from pydantic import Field
 
 from vtp_core.data.manifest import Shard, expanded, read_manifest, sha256
 from vtp_core.data.order import Windows
-from vtp_core.data.pictures import MAX_PIXELS, BadSample, decode
+from vtp_core.data.pictures import MAX_PIXELS, BadSample, decode, of_disk
 from vtp_core.data.tar import IMAGES, Index, read_index, read_member, text_fields
 from vtp_plugins.errors import DataFault
 from vtp_plugins.spec import Spec
@@ -115,7 +115,8 @@ class Shards:
         try:
             index = checked(path, shard, self.verify)
         except BadSample as refusal:
-            self._refused[number] = refusal
+            if not of_disk(refusal):
+                self._refused[number] = refusal
             raise
         self._open[number] = (os.open(path, os.O_RDONLY | os.O_CLOEXEC), index)
         while len(self._open) > self.open_shards:

@@ -14,6 +14,7 @@ from torch.utils.data import Dataset as TorchDataset
 
 from vtp_core.attribution import translated
 from vtp_core.data import order
+from vtp_core.data.pictures import of_disk
 from vtp_plugins.errors import DataFault, Fault
 from vtp_plugins.protocols import Dataset, View
 
@@ -77,7 +78,7 @@ class Steps(TorchDataset[Batch]):
         self._draw: Callable[[int, int], dict[str, Any]] | None = getattr(dataset, "draw", None)
         self._check_prepared()
         self._orders: dict[int, Sequence[int]] = {}
-        self._known: dict[int, Skipped] = {}  # broken samples met before, so they are not decoded again
+        self._known: dict[int, Skipped] = {}  # unusable samples met before, not decoded again
 
     def _check_prepared(self) -> None:
         """A field that comes as a view already, made with a latent, has no other views."""
@@ -180,6 +181,8 @@ class Steps(TorchDataset[Batch]):
             reason = str(getattr(error, "reason", "") or type(error).__name__)
             name = str(getattr(error, "name", "") or f"sample {index}")
             skipped = Skipped(reason, name, str(error), broken=True)
+            if of_disk(error):
+                return skipped
         else:
             lacking = next((name for name in self.required if sample.get(name) is None), None)
             if lacking is None:

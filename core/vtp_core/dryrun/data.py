@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from vtp_core.build import blueprint, spec_of
-from vtp_core.errors import Fault
+from vtp_core.errors import Fault, StackFault
 from vtp_core.evaluation import dataset_component
 from vtp_core.stack import Stack
 
@@ -32,9 +32,18 @@ class Dealt:
 
 
 def dealt(stack: Stack) -> Dealt:
-    """The shards of a stack's data, if reading a manifest tells them."""
+    """The shards of a stack's data, if reading a manifest tells them.
+
+    Raises:
+        StackFault: an option of the data is unknown or wrong; one that is missing, as its path, is not needed here.
+    """
     try:
         component = dataset_component(stack)
+    except StackFault as fault:
+        if all(line.endswith(": is missing") for line in str(fault).splitlines()):
+            return Dealt(unknown=str(fault).splitlines()[0])
+        raise
+    try:
         if not hasattr(component.cls, "shards"):
             return Dealt(unknown=f"{component.name} has no manifest")
         dataset = component.build(spec_of(blueprint(stack)))

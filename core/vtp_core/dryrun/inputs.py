@@ -1,35 +1,37 @@
-"""A batch without values in the shapes that a step reads; captions are as long as they may be."""
+"""A batch without values in the shapes that a step reads; captions are as long as those of the data."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from vtp_core.build import Model
+from vtp_core.dryrun.captions import LONG, longest
 from vtp_core.forwards import Inputs
 from vtp_core.layout import Layout
 from vtp_plugins.protocols import Dataset
 
-LONG = "a " * 4096
-"""A caption that fills any context."""
 
-
-def inputs_of(model: Model, layout: Layout, dataset: Dataset | None = None) -> Inputs:
+def inputs_of(
+    model: Model, layout: Layout, dataset: Dataset | None = None, texts: Sequence[str] = ()
+) -> Inputs:
     """This process's batch: views tell their shapes on an empty sample, what a dataset provides on its first.
 
     Args:
         model: built, on any device.
         layout: tells the rows.
         dataset: asked for what it provides in place of forwards.
+        texts: captions, of which the longest is taken for all; without any they fill their context.
     """
     rows, views = layout.rows_by_view(), {}
     for name, view in model.views.items():
         if name not in rows:
             continue
         if view.field == "text":  # how long the longest is decides what is computed
-            made = view(LONG)
+            made = longest(view(text) for text in texts or (LONG,))
             views[name] = made.expand(rows[name], *made.shape).contiguous()
         else:
             blank = torch.zeros(model.spec.signal_channels, *model.spec.size, dtype=torch.uint8)

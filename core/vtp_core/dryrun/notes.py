@@ -21,6 +21,8 @@ CAUSES = {
     "vtp_core.distributed": "control",
 }
 """Module that asks for a collective -> what it is for; gradients are told by their function."""
+KINDS = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "broadcast")
+SILENT = ("barrier", "wait_tensor", "wrap_tensor")  # they send nothing that counts
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,10 +30,10 @@ class Collective:
     """One call that all processes make.
 
     Attributes:
-        kind: ``all_reduce``, ``all_gather``, ``reduce_scatter`` or ``broadcast``.
+        kind: one of :data:`KINDS`.
         cause: ``gradients``, ``shards``, ``losses``, ``balance`` or ``control``.
         owner: the objective whose forward it is in; empty in a backward and elsewhere.
-        size: bytes of the whole: of what is reduced or scattered, of what all have gathered.
+        size: bytes of the whole: of what is reduced, scattered or exchanged, of what all have gathered.
     """
 
     kind: str
@@ -56,8 +58,7 @@ class Notes:
         bounded: who picks by values, so that all of it is counted.
     """
 
-    def __init__(self, world: int) -> None:
-        self.world = world
+    def __init__(self) -> None:
         self.owner: Node | str | None = None
         self.failed: Node | str | None = None
         self.flops: Counter[Node | str | None] = Counter()
@@ -85,30 +86,45 @@ class Notes:
         self.bounded.add(self.owner)
 
     def sent(self, name: str, arguments: Any) -> None:
-        """A collective was asked for: its operator's name and arguments."""
-        name = name.lower().replace("_", "")
-        kinds = ("all_reduce", "all_gather", "reduce_scatter", "broadcast")
-        kind = next((kind for kind in kinds if kind.replace("_", "") in name), "")
+        """A collective was asked for: its operator's name and arguments.
+
+        Raises:
+            NotImplementedError: it is of a kind that is not counted.
+        """
+        if any(word in name for word in SILENT):
+            return
+        plain = name.replace("_", "")
+        kind = next((kind for kind in KINDS if kind.replace("_", "") in plain), "")
         if not kind:
-            return  # a wait or a barrier
-        first = [x for x in tree_iter(arguments[0]) if isinstance(x, Tensor)]
-        size = sum(x.nbytes for x in first)
-        if kind == "reduce_scatter":
-            size *= self.world  # its first argument is this process's part
-        cause = _cause(first[0])
-        self.collectives.append(
-            Collective(kind, cause, self.owner if isinstance(self.owner, str) else "", size)
-        )
+            raise NotImplementedError(f"a plan does not count {name}; it counts {', '.join(KINDS)}")
+        owner = self.owner if isinstance(self.owner, str) else ""
+        self.collectives.append(Collective(kind, _cause(arguments), owner, _whole(name, kind, arguments)))
 
 
-def _cause(tensor: Tensor) -> str:
+def _whole(name: str, kind: str, arguments: Any) -> int:
+    """Bytes of the whole of a collective, of which a process's part is an argument too.
+
+    Operators of ``c10d`` are handed both what goes in and what comes out; those of ``_c10d_functional`` only what
+    goes in, and where they gather, the number of processes after it.
+    """
+    largest = max(sum(t.nbytes for t in _tensors(argument)) for argument in arguments)
+    gathers = name.startswith("_c10d_functional") and kind == "all_gather"
+    return largest * int(arguments[1]) if gathers else largest
+
+
+def _tensors(argument: Any) -> list[Tensor]:
+    return [x for x in tree_iter(argument) if isinstance(x, Tensor)]
+
+
+def _cause(arguments: Any) -> str:
     """What a collective is for, by who asks for it."""
     frame, names = sys._getframe(1), []
+    numbers = all(x.is_floating_point() for x in _tensors(arguments))
     while frame.f_back is not None:
         frame = frame.f_back
         name = frame.f_globals.get("__name__", "")
         names.append(name)
-        if frame.f_code.co_name == "average_gradients" and tensor.is_floating_point():
+        if frame.f_code.co_name == "average_gradients" and numbers:
             return "gradients"
     for module, cause in CAUSES.items():
         if any(name == module or name.startswith(f"{module}.") for name in names):

@@ -68,7 +68,7 @@ class Rehearsal(Engine):
             self.critics.keys.pop(name, None)
         self.left_out = frozenset(left_out)
         self.memory = Memory()
-        self._listen(Notes(self.world))
+        self._listen(Notes())
         # The engine reads what it would log; whatever reads a value that decides a size is refused.
         self.imagined.answer = lambda: 1.0 if self.notes.owner is None else None
         self.saved = Saved(self.imagined.outside, lambda: self.notes.owner)
@@ -157,7 +157,7 @@ class Rehearsal(Engine):
     def alone(self, inputs: Inputs) -> tuple[int, int]:
         """FLOPs and encoder forwards of all needs if each ran forwards of its own."""
         notes, encodes = self.notes, 0
-        self._listen(Notes(self.world))
+        self._listen(Notes())
         micro = self.layout.micro(inputs, 0)
         with self.imagined, torch.no_grad():
             for reader in self.layout.readers(self.active(self.steps_done)):

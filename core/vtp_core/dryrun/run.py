@@ -8,6 +8,7 @@ from vtp_core.describe import plan, text_of
 from vtp_core.dryrun.data import dealt
 from vtp_core.dryrun.page import as_json, checkpoint_lines, data_lines, memory_table, traffic_table
 from vtp_core.dryrun.writing import Checkpoint
+from vtp_core.evaluation import probe_components
 from vtp_core.stack import Stack
 
 
@@ -17,14 +18,18 @@ class DryRun:
     Args:
         stack: loaded.
         world: processes.
+
+    Raises:
+        StackFault: data or probes have options that a run would refuse, or whatever planning finds.
     """
 
     def __init__(self, stack: Stack, world: int = 1) -> None:
+        probe_components(stack)
+        self.shards = dealt(stack)
         self.page = plan(stack, world)
         self.costs, self.layout = self.page.costs, self.page.layout
         writers = world if self.costs.sharded else 1
         self.checkpoint = Checkpoint(self.costs.checkpoint, writers, self.costs.checkpoint_whole)
-        self.shards = dealt(stack)
 
     @property
     def data(self) -> dict[str, Any]:

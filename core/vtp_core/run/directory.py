@@ -9,7 +9,7 @@ import json
 import os
 import re
 import shlex
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -47,6 +47,8 @@ class RunDirectory:
         seed: int | None = None,
         data: str | None = None,
         when: datetime.datetime | None = None,
+        job: str | None = None,
+        claimed: Callable[[Path], object] = lambda path: None,
     ) -> Self:
         """Make a run directory, lock it and record stack and environment.
 
@@ -57,6 +59,8 @@ class RunDirectory:
             seed: of the run, for ``environment.json``.
             data: fingerprint of the dataset, for ``environment.json``.
             when: start of the run; now by default.
+            job: of the launcher, for the lock; see :class:`~vtp_core.run.lock.Lock`.
+            claimed: told of the directory as soon as it is locked, before anything is in it.
 
         Raises:
             StackFault: the directory has a run in it already, or something else.
@@ -65,7 +69,8 @@ class RunDirectory:
         when = when or datetime.datetime.now(datetime.UTC)
         shown = masked(stack)
         digest = _digest(shown)
-        run = cls(*_claim(path, f"runs/{when:%Y-%m-%d}-{_slug(name)}-{digest[:8]}"))
+        run = cls(*_claim(path, f"runs/{when:%Y-%m-%d}-{_slug(name)}-{digest[:8]}", job))
+        claimed(run.path)
         try:
             run.checkpoints.mkdir(exist_ok=True)
         except OSError as error:
@@ -80,7 +85,7 @@ class RunDirectory:
         return run
 
     @classmethod
-    def open(cls, path: Path, *, write: bool = False) -> Self:
+    def open(cls, path: Path, *, write: bool = False, job: str | None = None) -> Self:
         """Open a run directory; with ``write`` lock it and remove what a killed process left.
 
         Raises:
@@ -96,7 +101,7 @@ class RunDirectory:
         if write:
             from vtp_core.run import checkpoint  # imports torch, which readers do without
 
-            run._lock = Lock(path / LOCK)
+            run._lock = Lock(path / LOCK, job)
             _sweep(path)
             checkpoint.clean(run.checkpoints)
         return run
@@ -126,6 +131,10 @@ class RunDirectory:
     def changed(self) -> bool:
         """Whether ``stack.yaml`` is not the one that the run began with."""
         return _digest(self.stack()) != self.record().get("stack")
+
+    def holds(self, stack: Mapping[str, Any]) -> bool:
+        """Whether ``stack.yaml`` is this stack, its secrets masked; ``run`` may differ."""
+        return _digest(masked(stack)) == _digest(self.stack())
 
     def record(self) -> dict[str, Any]:
         """``run.json``: name, stack hash, start, status and whatever :meth:`mark` added."""
@@ -192,7 +201,7 @@ class RunDirectory:
         return value
 
 
-def _claim(path: Path | None, default: str) -> tuple[Path, Lock]:
+def _claim(path: Path | None, default: str, job: str | None) -> tuple[Path, Lock]:
     """Make and lock a directory that holds nothing yet."""
     try:
         if path is None:
@@ -202,7 +211,7 @@ def _claim(path: Path | None, default: str) -> tuple[Path, Lock]:
     except OSError as error:
         raise _unmakeable(path or default, files.reason(error)) from error
     _refuse_foreign(path)
-    lock = Lock(path / LOCK)
+    lock = Lock(path / LOCK, job)
     try:
         _refuse_occupied(path)
     except StackFault:

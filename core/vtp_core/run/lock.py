@@ -21,30 +21,32 @@ class Lock:
     """Exclusive use of a run directory.
 
     ``flock`` decides on one machine, and the kernel drops it however its owner ends. The record (pid,
-    host, boot id, start of the process, torchrun's job) names the owner to others, and decides where a network file
+    host, boot id, start of the process, launcher's job) names the owner to others, and decides where a network file
     system knows no locks between machines.
 
     Args:
         path: the lock file, made if absent. It is never removed: two processes must meet on one inode.
+        job: name of everything that this process's launcher starts. An owner of the same job was of an earlier
+            attempt, all of which died before this one began.
 
     Raises:
         StackFault: another process has the run.
         StorageFault: the lock cannot be written.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, job: str | None = None) -> None:
         self._handle: int | None = None
         try:
             handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
         except OSError as error:
             raise StorageFault(f"{path} cannot be opened: {reason(error)}") from error
         try:
-            owned = _patient(handle, _record(handle))
+            owned = _patient(handle, _record(handle), job)
             record = _record(handle)
-            if owned is False or _may_live(record, trust=owned is True):
+            if owned is False or _may_live(record, job, trust=owned is True):
                 raise StackFault(_busy(path, record))
             os.ftruncate(handle, 0)
-            write_all(handle, json.dumps(_own_record()).encode())
+            write_all(handle, json.dumps(_own_record(job)).encode())
         except OSError as error:
             os.close(handle)
             raise StorageFault(f"{path} cannot be written: {reason(error)}") from error
@@ -69,10 +71,10 @@ class Lock:
             self._handle = None
 
 
-def _patient(handle: int, record: dict[str, Any]) -> bool | None:
+def _patient(handle: int, record: dict[str, Any], job: str | None) -> bool | None:
     """:func:`_flock`, tried for a while if the owner is dead: a worker it was just starting may not have let go."""
     until = time.monotonic() + PATIENCE
-    while (owned := _flock(handle)) is False and record and not _may_live(record, trust=False):
+    while (owned := _flock(handle)) is False and record and not _may_live(record, job, trust=False):
         if time.monotonic() > until:
             break
         time.sleep(0.02)
@@ -90,10 +92,10 @@ def _flock(handle: int) -> bool | None:
     return True
 
 
-def _own_record() -> dict[str, Any]:
+def _own_record(job: str | None = None) -> dict[str, Any]:
     pid = os.getpid()
     host = socket.gethostname()
-    return {"pid": pid, "host": host, "boot": _boot(), "started": _started(pid), "job": _job()}
+    return {"pid": pid, "host": host, "boot": _boot(), "started": _started(pid), "job": job}
 
 
 def _record(handle: int) -> dict[str, Any]:
@@ -104,26 +106,14 @@ def _record(handle: int) -> dict[str, Any]:
     return record if isinstance(record, dict) else {}
 
 
-def _may_live(record: dict[str, Any], trust: bool) -> bool:
+def _may_live(record: dict[str, Any], job: str | None, trust: bool) -> bool:
     """Whether the recorded owner may be alive; ``trust``: its lock was free, so on this machine it is not."""
-    if not record or _of_an_earlier_attempt(record):
+    if not record or (job is not None and record.get("job") == job):
         return False
     if record.get("boot") == _boot():
         pid = record.get("pid")
         return not trust and isinstance(pid, int) and _started(pid) == record.get("started")
     return record.get("host") != socket.gethostname()
-
-
-def _of_an_earlier_attempt(record: dict[str, Any]) -> bool:
-    """Whether torchrun started the owner, and has started all processes of its job again since it died."""
-    again = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
-    return again and _job() is not None and record.get("job") == _job()
-
-
-def _job() -> str | None:
-    """Name of torchrun's job, where it is its own."""
-    job = os.environ.get("TORCHELASTIC_RUN_ID", "none")
-    return None if job == "none" else job  # what torchrun calls a job that nobody named
 
 
 def _busy(path: Path, record: dict[str, Any]) -> str:

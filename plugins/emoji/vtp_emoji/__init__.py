@@ -93,6 +93,11 @@ class Emoji:
             "style": self._styles[place],
         }
 
+    def texts(self, indices: Sequence[int]) -> list[str | None]:
+        """Captions of samples, without their pictures."""
+        captions = concepts()["captions"]
+        return [captions[self._concepts[index % len(self._concepts)]] for index in indices]
+
     def order(self, seed: int, epoch: int) -> Sequence[int]:
         """A fresh permutation each epoch."""
         return permutation(len(self), seed, epoch)
