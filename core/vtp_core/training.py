@@ -24,6 +24,7 @@ from vtp_core.forwards import Inputs
 from vtp_core.heartbeat import Heart
 from vtp_core.hooks import build_hooks
 from vtp_core.measuring import Measuring
+from vtp_core.rows import check_rows
 from vtp_core.run import checkpoint
 from vtp_core.run.directory import RunDirectory
 from vtp_core.run.metrics import JsonLines
@@ -63,6 +64,7 @@ class Training:
     def _build(self, stack: Stack, resume: Path | None) -> None:
         self.stack = stack
         plans = blueprint(stack)
+        check_rows(stack, distributed.world_size())
         self.source, self.carried = adopting.beginning(stack, resume)
         probes = evaluation.probe_components(stack)
         self.make_dataset = evaluation.dataset_factory(stack, spec_of(plans))
