@@ -48,7 +48,10 @@ def cause(made: Iterator[Any], error: Exception) -> str:
 
 def _codes(workers: Sequence[Any]) -> list[int | None]:
     """Exit codes, once one of them has one: a pipe may break a moment before its process has ended."""
-    wait([worker.sentinel for worker in workers], PATIENCE)
+    ending = wait([worker.sentinel for worker in workers], PATIENCE)
+    for worker in workers:
+        if worker.sentinel in ending:  # its files are closed, which comes a moment before its exit code
+            worker.join(PATIENCE)
     return [worker.exitcode for worker in workers]
 
 
