@@ -40,6 +40,10 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         with handled(interrupt):
             app(arguments, standalone_mode=True)
+    except SystemExit as done:
+        if _several() and not done.code:
+            farewell.part()
+        raise
     except Interrupted as stop:
         _end(str(stop), stop.code)
     except Exception as error:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import json
 import os
+import sys
 import time
 
 _WIDEST = 200  # characters of what a process says in one line
@@ -37,6 +39,17 @@ def leave(text: str, fault: BaseException | None = None) -> None:
     told = {"message": text, "extraInfo": {"py_callstack": text, "timestamp": str(when)}}
     with contextlib.suppress(OSError), open(path, "w", encoding="utf-8") as file:
         json.dump({"message": told}, file)
+
+
+def part() -> None:
+    """End one of several processes that have done their work; gloo's threads may fail while an interpreter closes."""
+    distributed = sys.modules.get("vtp_core.distributed")  # not there, nothing was joined
+    if distributed is None or distributed.world_size() == 1:
+        return
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 def _known(fault: BaseException | None) -> bool:
