@@ -11,6 +11,7 @@ from torch import Tensor
 
 from vtp_core.engine import Engine
 from vtp_core.nodes import Stage
+from vtp_core.shards import local
 
 
 @dataclass(slots=True)
@@ -112,9 +113,3 @@ def size_of(tensors: Iterable[Tensor]) -> int:
     """Bytes that this process holds of tensors, each once."""
     found = {id(tensor): tensor for tensor in tensors}
     return sum(t.numel() * t.element_size() for t in map(local, found.values()))
-
-
-def local(tensor: Tensor) -> Tensor:
-    """This process's part of a sharded tensor."""
-    part: Tensor = getattr(tensor, "_local_tensor", tensor)
-    return part
